@@ -33,7 +33,6 @@ _DISK = struct.Struct("<I")
 
 _ZSTD_BLOCK_HEADER_BYTES = 3
 _ZSTD_RLE_BLOCK = 1
-_ZSTD_RESERVED_BLOCK = 3
 
 
 class Extent(NamedTuple):
@@ -236,8 +235,6 @@ def zstd_frame_length(payload: memoryview) -> int:
         if position + _ZSTD_BLOCK_HEADER_BYTES > len(payload):
             return len(payload) + 1
         kind, size = head >> 1 & 3, head >> 3
-        if kind == _ZSTD_RESERVED_BLOCK:
-            raise RemoteProtocolError(WireCode.PAYLOAD, "the zstd frame has a block of a reserved type")
         position += _ZSTD_BLOCK_HEADER_BYTES + (1 if kind == _ZSTD_RLE_BLOCK else size)
         if head & 1:  # the last block
             return position + checksum
