@@ -1,0 +1,1 @@
+"""Formats of virtual disks: pure functions between bytes and values."""

@@ -1,0 +1,50 @@
+"""What the pipelines ask of a source. Its conformance suite: ``tests/replicator/sources/conformance.py``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from protocol.payload import Extent
+
+
+class Source(Protocol):
+    """A disk that is read, at rest or alive.
+
+    Attributes:
+        name: what an operator would call it, for messages.
+        size_bytes: size of the disk; a multiple of 512, not zero, fixed while it is open.
+    """
+
+    name: str
+    size_bytes: int
+
+    def extents(self, start: int = 0) -> AsyncIterator[Extent]:
+        """The disk from ``start`` to its end as touching extents in order; ``zero`` ones are known zeros.
+
+        Made as it is consumed, so that a disk of any size costs the same memory.
+
+        Raises:
+            SourceError: the source cannot be read, or is no longer what it was.
+        """
+        ...
+
+    async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+        """Fill ``view`` with the bytes of the extents, one after the other; many calls may be under way at once.
+
+        Raises:
+            SourceError: code ``source.read_failed`` names the range; ``source.shrank`` when it ends early.
+        """
+        ...
+
+    async def changed(self) -> bool:
+        """Whether the source may have changed since it was opened. Never True for a snapshot.
+
+        Raises:
+            SourceError: ``source.grew`` or ``source.shrank``: its size is no longer the one announced.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of it. Idempotent."""
+        ...
