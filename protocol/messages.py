@@ -5,7 +5,7 @@ Field order is wire order (``wire.py``). DATA is not here: its body is binary an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Annotated, NamedTuple, TypeAlias
 
@@ -228,7 +228,7 @@ class Join:
     """Asks for an identity with a token's secret. Sent only over TLS that trusts the pinned authority."""
 
     token: Annotated[bytes, Fixed(8)]
-    secret: Annotated[bytes, Fixed(16)]
+    secret: Annotated[bytes, Fixed(16)] = field(repr=False)
     csr: Annotated[bytes, _DER]
 
 

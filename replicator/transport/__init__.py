@@ -1,0 +1,1 @@
+"""Transport: TLS, connections and the shell around the sans-IO protocol."""
