@@ -19,9 +19,9 @@ def run(*command: str | Path) -> str:
 
 
 @contextmanager
-def loop_device(backing: Path, *, read_only: bool = False) -> Iterator[Path]:
+def loop_device(backing: Path, sector_bytes: int = 512) -> Iterator[Path]:
     """A block device whose content is the file `backing`."""
-    device = Path(run("losetup", "--find", "--show", *(["--read-only"] if read_only else []), backing))
+    device = Path(run("losetup", "--find", "--show", "--sector-size", str(sector_bytes), backing))
     try:
         yield device
     finally:

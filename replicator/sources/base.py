@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
     async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
-        """Fill ``view`` with the bytes of the extents, one after the other; many calls may be under way at once.
+        """Fill ``view`` with the bytes of the extents, one after the other; calls may run side by side.
 
         Raises:
             SourceError: code ``source.read_failed`` names the range; ``source.shrank`` when it ends early.

@@ -72,6 +72,25 @@ async def test_a_walk_past_the_new_end_says_that_the_source_shrank(source, path:
         await extents_of(source)
 
 
+class Cut(Files):
+    """Files of a disk that somebody truncates between the question for data and the one for its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def seek(self, fd: int, offset: int, whence: int) -> int:
+        if whence == os.SEEK_HOLE:
+            os.truncate(self.path, offset)
+        return super().seek(fd, offset, whence)
+
+
+async def test_a_disk_cut_off_in_the_middle_of_a_question_is_told_as_shrunk(path: Path, workers) -> None:
+    source = await RawSource.open(Cut(path), workers, path)
+    with refused("source.shrank"):
+        await source._call(source._map, 4096)
+    await source.close()
+
+
 class Ranges(Files):
     """A file system that tells of holes at any byte: data lies in `ranges`, sorted and apart."""
 
