@@ -115,8 +115,8 @@ class Interrupted(ReplicatorError):
 def cause_of(group: BaseExceptionGroup) -> BaseException:
     """The one error that tells the story of a failed TaskGroup.
 
-    What an operator can act upon comes before a lost connection, which is often only its consequence; any other
-    exception is a defect and comes first.
+    What an operator can act upon comes before a lost connection, which is often only its consequence; any
+    other exception is a defect and comes first.
     """
     leaves: list[BaseException] = []
     for error in group.exceptions:

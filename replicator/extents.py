@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import NamedTuple
 
-from protocol.constants import EXTENT_BYTES, EXTENT_MAX_BYTES, MIB
+from protocol.constants import EXTENT_BYTES, EXTENT_MAX_BYTES, KIB, MIB
 from protocol.messages import Interval
 from protocol.payload import Extent
 
 FRAME_RAW_BYTES = MIB  # design: about 1 MiB of raw data a frame
+GRAIN_BYTES = 64 * KIB  # the block of a digest (``digest.py``)
 FRAME_TABLE_BYTES = 16 * 1024  # 1,024 extents: keeps a frame of tiny extents from becoming mostly table
 
 
@@ -86,7 +87,7 @@ class Coverage:
 
 
 class Piece(NamedTuple):
-    """What one frame will say: a cover and the extents that fill it; ``raw_bytes`` counts those with data."""
+    """What one frame will say: a cover and what differs in it; ``raw_bytes`` counts the extents with data."""
 
     cover: Interval
     extents: tuple[Extent, ...]
@@ -94,47 +95,77 @@ class Piece(NamedTuple):
 
 
 class Cutter:
-    """Cuts touching extents into pieces of at most ``FRAME_RAW_BYTES`` of data and a bounded table.
+    """Cuts touching stretches of a disk into pieces of about ``FRAME_RAW_BYTES`` of data and a bounded table.
 
-    Small extents share a piece; long ones are split. Feed it with ``add``, end with ``finish``; after that it
-    may go on anywhere else on the disk.
+    Small extents share a piece; long ones are split. A piece ends at a multiple of ``grain`` (or where the
+    input does), so that every block of that size is whole in one piece: its digest can be made there. A piece
+    may therefore be larger than the limits by what one grain holds. Feed it with ``add`` and ``skip``, end
+    with ``finish``; after that it may go on anywhere else on the disk.
     """
 
-    __slots__ = ("_extents", "_extents_max", "_raw", "_raw_max")
+    __slots__ = ("_end", "_extents", "_extents_max", "_grain", "_raw", "_raw_max", "_start")
 
     def __init__(
-        self, raw_max: int = FRAME_RAW_BYTES, extents_max: int = FRAME_TABLE_BYTES // EXTENT_BYTES
+        self,
+        raw_max: int = FRAME_RAW_BYTES,
+        extents_max: int = FRAME_TABLE_BYTES // EXTENT_BYTES,
+        grain: int = GRAIN_BYTES,
     ) -> None:
         self._raw_max = raw_max
         self._extents_max = extents_max
+        self._grain = grain
         self._extents: list[Extent] = []
         self._raw = 0
+        self._start = self._end = -1
 
     def add(self, extent: Extent) -> Iterator[Piece]:
-        """Take the next extent, which touches the one before; yields the pieces that became full.
+        """Take the next extent, which touches what came before; yields the pieces that became full.
 
         Raises:
             ValueError: it does not touch, so that a piece would cover bytes of which nothing was said.
         """
         offset, end = extent.offset, extent.end
-        if self._extents and offset != self._extents[-1].end:
-            raise ValueError(f"extent at {offset} does not touch {self._extents[-1]}")
         while offset < end:
-            room = EXTENT_MAX_BYTES if extent.zero else self._raw_max - self._raw
-            length = min(end - offset, room)
+            self._touch(offset)
+            length = min(end - offset, self._room(offset, extent.zero))
             self._extents.append(Extent(offset, length, extent.zero))
             self._raw += 0 if extent.zero else length
             offset += length
-            if self._raw >= self._raw_max or len(self._extents) >= self._extents_max:
+            self._end = offset
+            if self._full and offset % self._grain == 0:
                 yield self._cut()
+
+    def skip(self, start: int, end: int) -> None:
+        """[start, end) is as it was: it is covered without a word. ``ValueError`` as ``add``."""
+        self._touch(start)
+        self._end = end
 
     def finish(self) -> Iterator[Piece]:
         """The last piece, if anything is left."""
-        if self._extents:
+        if self._start >= 0:
             yield self._cut()
 
+    def _touch(self, offset: int) -> None:
+        if self._start < 0:
+            self._start = self._end = offset
+        if offset != self._end:
+            raise ValueError(f"what begins at {offset} does not touch what ended at {self._end}")
+
+    @property
+    def _full(self) -> bool:
+        return self._raw >= self._raw_max or len(self._extents) >= self._extents_max
+
+    def _room(self, offset: int, zero: bool) -> int:
+        """How long an extent from ``offset`` this piece takes: to its limit, at least to the next grain."""
+        to_grain = self._grain - offset % self._grain
+        if self._full:
+            return to_grain
+        if zero:
+            return EXTENT_MAX_BYTES
+        behind = offset + self._raw_max - self._raw
+        return max(behind - behind % self._grain - offset, to_grain)
+
     def _cut(self) -> Piece:
-        cover = Interval(self._extents[0].offset, self._extents[-1].end)
-        piece = Piece(cover, tuple(self._extents), self._raw)
-        self._extents, self._raw = [], 0
+        piece = Piece(Interval(self._start, self._end), tuple(self._extents), self._raw)
+        self._extents, self._raw, self._start, self._end = [], 0, -1, -1
         return piece

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from replicator import linux
 from replicator.failpoints import reach
@@ -124,13 +125,18 @@ def replace_file(files: Files, dir_fd: int, name: str, content: bytes, mode: int
     reach("replace.before_write")
     fd = files.open_beneath(dir_fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
-        write_fully(files, fd, content, 0)
-        reach("replace.before_fsync")
-        files.fsync(fd)
-    finally:
-        files.close(fd)
-    reach("replace.before_rename")
-    files.rename(dir_fd, temporary, name)
+        try:
+            write_fully(files, fd, content, 0)
+            reach("replace.before_fsync")
+            files.fsync(fd)
+        finally:
+            files.close(fd)
+        reach("replace.before_rename")
+        files.rename(dir_fd, temporary, name)
+    except OSError:
+        with suppress(OSError):  # why it failed is what the caller must hear
+            files.unlink(dir_fd, temporary)
+        raise
     reach("replace.before_fsync_dir")
     files.fsync(dir_fd)
     reach("replace.done")

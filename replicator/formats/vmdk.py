@@ -218,8 +218,8 @@ def render(descriptor: Descriptor) -> bytes:
 def with_cid(descriptor: Descriptor, cid: int) -> Descriptor:
     """The same descriptor with another content id; every other byte stays.
 
-    The content id stands in two places: ``CID``, and as the last eight digits of ``ddb.longContentID`` where there
-    is one. Source: VMware's open-vmdk writes them so.
+    The content id stands in two places: ``CID``, and as the last eight digits of ``ddb.longContentID`` where
+    there is one. Source: VMware's open-vmdk writes them so.
     """
     _check_cid(cid)
     old, fresh = f"{descriptor.cid:08x}", f"{cid:08x}"

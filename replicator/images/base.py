@@ -24,11 +24,12 @@ class Image(Protocol):
     def write(self, extents: Sequence[Extent], payload: memoryview) -> None:
         """Write extents; ``payload`` holds the bytes of those that are not ``zero``, one after the other.
 
-        Sorted and disjoint, inside the disk, whole sectors. Concurrent calls on disjoint extents are allowed and lose
-        nothing, however close they are. Durable only after ``sync``.
+        Sorted and disjoint, inside the disk, whole sectors. Concurrent calls on disjoint extents are allowed
+        and lose nothing, however close they are. Durable only after ``sync``.
 
         Raises:
-            SpaceError: ``target.full``. TargetError: ``target.write_failed``. What was written so far is undefined.
+            SpaceError: ``target.full``. TargetError: ``target.write_failed``. What was written so far is
+            undefined.
         """
         ...
 
@@ -36,7 +37,8 @@ class Image(Protocol):
         """Make everything whose ``write`` returned before this call durable.
 
         Raises:
-            TargetError: ``target.sync_failed``; final: the image must be reopened and verified, never synced again.
+            TargetError: ``target.sync_failed``; final: the image must be reopened and verified, never synced
+            again.
         """
         ...
 

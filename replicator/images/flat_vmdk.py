@@ -14,7 +14,7 @@ from replicator.errors import TargetError
 from replicator.failpoints import reach
 from replicator.files import Files, read_fully, replace_file
 from replicator.formats import vmdk
-from replicator.images.opening import create_file, exists, failure, open_file, refuse_size
+from replicator.images.opening import claim, create_file, exists, failure, open_file, refuse_size
 from replicator.images.writer import FileImage, file_zeroing
 
 _NEW_MODE: Final = 0o600
@@ -157,14 +157,18 @@ def _intended(
 def _open_flat(files: Files, dir_fd: int, descriptor: vmdk.Descriptor) -> int:
     name, size_bytes = descriptor.extent.name, descriptor.size_bytes
     fd, status = open_file(files, dir_fd, name, os.O_RDWR)
-    if status.st_size != size_bytes:
+    try:
+        claim(fd, name)
+        if status.st_size != size_bytes:
+            raise TargetError(
+                "vmdk.extent_size",
+                f"{name} has {status.st_size} bytes, {size_bytes} are expected",
+                cause="the file was truncated or grown, or it belongs to another disk",
+                fix="restore the file, or remove the disk and send it again in full",
+            )
+    except TargetError:
         files.close(fd)
-        raise TargetError(
-            "vmdk.extent_size",
-            f"{name} has {status.st_size} bytes, {size_bytes} are expected",
-            cause="the file was truncated or grown, or it belongs to another disk",
-            fix="restore the file, or remove the disk and send it again in full",
-        )
+        raise
     return fd
 
 

@@ -6,6 +6,7 @@ Only files of our own folder, reached without symbolic links. Not for writing bl
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from contextlib import suppress
@@ -101,6 +102,25 @@ def open_file(files: Files, dir_fd: int, name: str, flags: int) -> tuple[int, os
     return fd, status
 
 
+def claim(fd: int, name: str) -> None:
+    """Keep every other writer of ours away from the file at ``fd``, until it is closed.
+
+    Raises:
+        TargetError: ``target.in_use``.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TargetError(
+            "target.in_use",
+            f"{name} is being written by another master target",
+            cause="two `replicator receive` use the same directory and the same disk name",
+            fix="stop one of them, or give the disk another name with --disk",
+        ) from None
+    except OSError as error:
+        raise failure(error, "target.open_failed", f"cannot lock {name}") from error
+
+
 def not_a_file(name: str) -> TargetError:
     """The refusal of what is neither a regular file nor, where one may be named, a block device."""
     return TargetError(
@@ -136,6 +156,7 @@ def create_file(files: Files, dir_fd: int, name: str, size_bytes: int, *, thin: 
     except OSError as error:
         raise failure(error, "target.create_failed", f"cannot create {name}") from error
     try:
+        claim(fd, name)
         if thin:
             files.truncate(fd, size_bytes)
         else:

@@ -28,7 +28,7 @@ from replicator.transport import failures
 M = TypeVar("M", bound=Message)
 
 TICK_S = 1.0
-CLOSE_S = 5.0  # a peer that does not take our last bytes in this time does not get them
+CLOSE_S = 2.0  # a peer that does not take our last bytes in this time does not get them
 WRITE_HIGH_BYTES = 2 * 1024 * 1024  # two frames: one being encrypted, one being sent
 UNREAD_MAX = 64  # control messages that nobody has taken yet; past this, reading stops (an emergency brake)
 USER_TIMEOUT_MS = 15_000

@@ -23,10 +23,15 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
             {
                 "replicator.sender",
                 "replicator.receiver",
+                "replicator.refusals",
                 "replicator.vsphere",
                 "replicator.azure",
                 "replicator.enrolment",
                 "replicator.authority",
+                "replicator.credit_pool",
+                "replicator.identity",
+                "replicator.tokens",
+                "replicator.verify",
             }
         ),
     ),
@@ -57,6 +62,8 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "replicator.linux",
                 "replicator.files",
                 "replicator.failpoints",
+                "replicator.certificates",
+                "replicator.private_directory",
             }
         ),
     ),

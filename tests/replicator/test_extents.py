@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.constants import EXTENT_MAX_BYTES, SECTOR_BYTES
+from protocol.constants import EXTENT_MAX_BYTES, KIB, MIB, SECTOR_BYTES
 from protocol.messages import Interval
 from protocol.payload import Extent
 from replicator.extents import Coverage, Cutter, Piece, Relation
@@ -127,7 +127,7 @@ def kind_of_sectors(extents) -> dict[int, bool]:
 def test_pieces_say_exactly_what_went_in_and_keep_the_limits(start, lengths, limit) -> None:
     raw_max, extents_max = limit[0] * SECTOR_BYTES, limit[1]
     extents = touching(start, lengths)
-    pieces = cut(Cutter(raw_max, extents_max), extents)
+    pieces = cut(Cutter(raw_max, extents_max, SECTOR_BYTES), extents)
     flat = [extent for piece in pieces for extent in piece.extents]
     assert kind_of_sectors(flat) == kind_of_sectors(extents)
     assert sum(extent.length for extent in flat) == sum(extent.length for extent in extents)
@@ -149,7 +149,7 @@ def test_the_way_the_input_is_split_does_not_change_what_is_said(lengths, limit,
     for length, zero in lengths:
         at = data.draw(st.integers(0, length))
         finer += [(part, zero) for part in (at, length - at)]
-    said = [cut(Cutter(raw_max, extents_max), given) for given in (extents, touching(0, finer))]
+    said = [cut(Cutter(raw_max, extents_max, SECTOR_BYTES), given) for given in (extents, touching(0, finer))]
     covers = [Coverage(piece.cover for piece in pieces).intervals() for pieces in said]
     assert covers[0] == covers[1]
     kinds_said = [kind_of_sectors([e for piece in pieces for e in piece.extents]) for pieces in said]
@@ -157,7 +157,7 @@ def test_the_way_the_input_is_split_does_not_change_what_is_said(lengths, limit,
 
 
 def test_full_pieces_are_full() -> None:
-    pieces = cut(Cutter(8 * SECTOR_BYTES, 100), touching(0, [(20, False)]))
+    pieces = cut(Cutter(8 * SECTOR_BYTES, 100, SECTOR_BYTES), touching(0, [(20, False)]))
     assert [piece.raw_bytes // SECTOR_BYTES for piece in pieces] == [8, 8, 4]
 
 
@@ -180,3 +180,38 @@ def test_an_extent_that_does_not_touch_is_refused() -> None:
     list(cutter.add(Extent(0, 512)))
     with pytest.raises(ValueError, match="does not touch"):
         list(cutter.add(Extent(1024, 512)))
+
+
+@given(st.integers(0, 5), kinds, limits, st.sampled_from([2, 4, 8]))
+def test_pieces_end_at_grains_and_exceed_the_limits_by_less_than_one(start, lengths, limit, grain) -> None:
+    raw_max, extents_max = limit[0] * SECTOR_BYTES, limit[1]
+    pieces = cut(Cutter(raw_max, extents_max, grain * SECTOR_BYTES), touching(start * grain, lengths))
+    for piece in pieces[:-1]:
+        assert piece.cover.end % (grain * SECTOR_BYTES) == 0
+    for piece in pieces:
+        assert piece.raw_bytes < raw_max + grain * SECTOR_BYTES
+        assert len(piece.extents) < extents_max + 2 * grain
+
+
+def test_a_disk_of_data_is_cut_into_frames_of_one_mebibyte() -> None:
+    pieces = cut(Cutter(), [Extent(0, 4 * MIB + 512)])
+    assert [piece.raw_bytes for piece in pieces] == [MIB] * 4 + [512]
+
+
+def test_what_is_skipped_is_covered_without_extents() -> None:
+    cutter = Cutter()
+    assert list(cutter.add(Extent(0, 64 * KIB))) == []
+    cutter.skip(64 * KIB, 3 * MIB)
+    assert list(cutter.add(Extent(3 * MIB, 64 * KIB, zero=True))) == []
+    assert list(cutter.finish()) == [
+        Piece(
+            Interval(0, 3 * MIB + 64 * KIB),
+            (Extent(0, 64 * KIB), Extent(3 * MIB, 64 * KIB, zero=True)),
+            64 * KIB,
+        )
+    ]
+    cutter.skip(0, MIB)
+    assert list(cutter.finish()) == [Piece(Interval(0, MIB), (), 0)]
+    cutter.skip(0, MIB)
+    with pytest.raises(ValueError, match="does not touch"):
+        cutter.skip(2 * MIB, 3 * MIB)

@@ -1,0 +1,69 @@
+"""``replicator receive``: a master target without a control server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agents.cli.output import document, say
+
+if TYPE_CHECKING:
+    from agents.master_target import MasterTargetConfig
+
+
+def receive(
+    directory: Annotated[Path, typer.Option(readable=False, help="Where the VMDKs are written. Must exist.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes any free one.")] = "0.0.0.0:9443",
+    retention: Annotated[
+        Path | None,
+        typer.Option(
+            readable=False, help="Where authority, tokens and catalogue lie. Default: DIRECTORY/.replicator"
+        ),
+    ] = None,
+    thick: Annotated[bool, typer.Option("--thick", help="Allocate new VMDKs whole.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Receive disks into VMDKs. Prints a join token, then runs until SIGTERM or Ctrl-C.
+
+    The token lets one process server join within an hour; every start prints a fresh one. Process servers
+    that have joined need none.
+    """
+    from agents.lifecycle import run
+    from agents.master_target import MasterTargetConfig
+    from replicator.errors import Interrupted
+    from replicator.transport.dial import Address
+
+    config = MasterTargetConfig(
+        directory=directory,
+        retention=retention or directory / ".replicator",
+        listen=Address.parse(listen),
+        thin=not thick,
+    )
+    try:
+        run(_receive(config, as_json))
+    except Interrupted as stopped:
+        say(f"{stopped.message}: everything that was acknowledged is durable")
+
+
+async def _receive(config: MasterTargetConfig, as_json: bool) -> None:
+    import asyncio
+
+    from agents.master_target import MasterTarget
+    from replicator.clock import Clock
+    from replicator.files import Files
+    from replicator.workers import Workers
+
+    with Workers() as workers:
+        target = MasterTarget(config, workers, Clock(), Files())
+        try:
+            address, token = await target.start()
+            if as_json:
+                document({"listen": str(address), "token": token, "directory": str(config.directory)})
+            else:
+                say(f"receiving on {address} into {config.directory}")
+                say(f"join token (one process server, one hour): {token}")
+            await asyncio.Event().wait()
+        finally:
+            await target.stop()

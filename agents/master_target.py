@@ -1,0 +1,145 @@
+"""A master target: listens, lets process servers join, receives their disks into VMDKs."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+
+from protocol.state import Role
+from replicator import certificates
+from replicator.authority import Authority
+from replicator.certificates import ServerKind
+from replicator.clock import Clock
+from replicator.enrolment import Enrolment
+from replicator.errors import TrustError
+from replicator.files import Files
+from replicator.images.directory import ImageDirectory
+from replicator.private_directory import PrivateDirectory
+from replicator.receiver import Receiver
+from replicator.tokens import TokenBook
+from replicator.transport.accept import Acceptor, Handler
+from replicator.transport.dial import Address
+from replicator.transport.tls import ALPN_DATA, ALPN_JOIN, server_context
+from replicator.workers import Workers
+
+log = logging.getLogger(__name__)
+
+OWN_RENEWAL_JITTER = 0.0  # nobody else renews with it: there is no crowd to avoid
+
+
+@dataclass(frozen=True, slots=True)
+class MasterTargetConfig:
+    """What a master target needs to know.
+
+    Attributes:
+        directory: where the VMDKs are written.
+        retention: where its own things lie: authority, tokens, catalogue.
+        listen: address; port 0 takes any free one.
+        thin: whether new VMDKs are thin.
+    """
+
+    directory: Path
+    retention: Path
+    listen: Address
+    thin: bool = True
+
+
+class MasterTarget:
+    """A running master target. ``start``, then ``stop`` whatever happens."""
+
+    def __init__(self, config: MasterTargetConfig, workers: Workers, clock: Clock, files: Files) -> None:
+        self._config = config
+        self._workers = workers
+        self._clock = clock
+        self._files = files
+        self._images: ImageDirectory | None = None
+        self._acceptor: Acceptor | None = None
+
+    async def start(self) -> tuple[Address, str]:
+        """Listen; returns the bound address and a fresh join token for a process server.
+
+        Raises:
+            TargetError: the directory or the port cannot be used. StateError: the retention directory cannot.
+        """
+        retention = PrivateDirectory(self._files, self._config.retention)
+        self._images = await self._workers.run(self._open_images, retention)
+        authority = await self._workers.run(Authority.open, retention, self._clock)
+        tokens = TokenBook(retention, authority.pin, self._clock)
+        token = await self._workers.run(tokens.create, ServerKind.PROCESS_SERVER)
+        enrolment = Enrolment(
+            authority,
+            tokens,
+            authority.own_id(ServerKind.MASTER_TARGET),
+            clock=self._clock,
+            workers=self._workers,
+            is_revoked=lambda _: False,  # a master target of its own has no list: its owner makes it anew
+        )
+        receiver = Receiver(self._images, self._workers, authority.hash_seed, identify)
+        self._acceptor = Acceptor(
+            OwnContext(authority, self._clock),
+            {
+                ALPN_DATA: Handler(Role.RECEIVER, receiver.serve),
+                ALPN_JOIN: Handler(Role.AUTHORITY, enrolment.serve),
+            },
+            self._clock,
+            receiver.allocate,
+        )
+        return await self._acceptor.start(self._config.listen), token.to_text()
+
+    async def stop(self) -> None:
+        """End all sessions and let go of everything. What was acknowledged is durable already."""
+        if self._acceptor is not None:
+            await self._acceptor.stop()
+        if self._images is not None:
+            await self._workers.run(self._images.close)
+
+    def _open_images(self, retention: PrivateDirectory) -> ImageDirectory:
+        images = ImageDirectory(self._files, self._config.directory, retention, thin=self._config.thin)
+        try:
+            images.lock()
+        except BaseException:
+            images.close()
+            raise
+        return images
+
+
+class OwnContext:
+    """The server's TLS context, made anew with a fresh certificate when the old one nears its end."""
+
+    def __init__(self, authority: Authority, clock: Clock) -> None:
+        self._authority = authority
+        self._clock = clock
+        self._context: ssl.SSLContext | None = None
+        self._due = clock.now()
+
+    def __call__(self) -> ssl.SSLContext:
+        """The context for the next connection."""
+        now = self._clock.now()
+        if self._context is None or now >= self._due:
+            credentials = self._authority.own_credentials(ServerKind.MASTER_TARGET, now)
+            self._context = server_context(credentials, self._authority.certificate)
+            self._due = certificates.renewal_due(
+                x509.load_der_x509_certificate(credentials.certificate), OWN_RENEWAL_JITTER
+            )
+        return self._context
+
+
+def identify(certificate: bytes) -> str:
+    """The identity in a peer's certificate (DER), which TLS has found to be of our authority.
+
+    Raises:
+        TrustError: ``identity.foreign``: it names none of our identities.
+    """
+    try:
+        return certificates.id_of(certificates.from_der(certificate))
+    except ValueError as error:
+        raise TrustError(
+            "identity.foreign",
+            f"the certificate names no identity of this installation: {error}",
+            cause="it was made by other means than joining",
+            fix="join with a token",
+        ) from None

@@ -1,0 +1,127 @@
+"""kill -9 of the master target at each durable step of a send: nothing half-made is shown, and it goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replicator.failpoints import NAMES
+from tests.agents.harness import MIB, Done, half_made, identical, make_disk, receiving, send, sidecar
+
+pytestmark = pytest.mark.peer("qemu-img")
+
+KILLED = -9
+FAMILIES = ("image.", "session.", "sidecar.", "replace.")
+ELSEWHERE = ("authority.", "token.", "join.")  # test_joins.py
+# What a target replaces in the course of one start and one send.
+REPLACED = {
+    1: "authority",
+    2: "tokens, one made",
+    3: "tokens, one bound",
+    4: "catalogue",
+    5: "sidecar, dirty",
+    6: "descriptor",
+    7: "sidecar, clean",
+}
+# Reached once in each of these steps; the first alone is in every run for the names that are not here.
+TIMES = {
+    "sidecar.before_mark": (1, 2),
+    "sidecar.marked": (1, 2),
+    "image.before_sync": (1,),
+    "image.synced": (1,),
+}
+PUBLISHED = {"image.published", "session.sealed", "sidecar.before_mark:2", "sidecar.marked:2"} | {
+    f"replace.{step}:{number}"
+    for number in (6, 7)
+    for step in ("before_write", "before_fsync", "before_rename", "before_fsync_dir", "done")
+    if number == 7 or step in ("before_fsync_dir", "done")
+}
+
+
+def cases() -> list[Any]:
+    """Every failpoint of the families; of `replace`, at each file that is replaced."""
+    found: list[Any] = []
+    for name in sorted(NAMES):
+        if not name.startswith(FAMILIES):
+            continue
+        if name.startswith("replace."):
+            for number, what in REPLACED.items():
+                everyday = name == "replace.before_rename" or number == 5
+                marks = () if everyday else (pytest.mark.release,)
+                found.append(pytest.param(f"{name}:{number}", id=f"{name}, {what}", marks=marks))
+        else:
+            found += [f"{name}:{number}" if number > 1 else name for number in TIMES.get(name, (1,))]
+    return found
+
+
+def test_no_failpoint_is_forgotten() -> None:
+    assert [name for name in NAMES if not name.startswith(FAMILIES + ELSEWHERE)] == []
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_disk(tmp_path / "disk.img", 6 * MIB + 512, (0, MIB), (2 * MIB, MIB), (6 * MIB, 512))
+
+
+def killed_at(failpoint: str, source: Path, tmp_path: Path) -> Done | None:
+    """Start a target that dies at the failpoint, and send to it; None when it died before it listened."""
+    with receiving(tmp_path / "target", failpoint=failpoint) as target:
+        sent = None
+        if target.address:
+            sent = send(source, target.address, tmp_path / "state", token=target.token)
+        assert target.process.wait().status == KILLED, "the failpoint was not reached"
+    return sent
+
+
+@pytest.mark.parametrize("failpoint", cases())
+def test_a_target_killed_at_a_durable_step_shows_nothing_half_made_and_goes_on(
+    failpoint: str, source: Path, tmp_path: Path
+) -> None:
+    directory, vmdk = tmp_path / "target", tmp_path / "target" / "disk.vmdk"
+    sent = killed_at(failpoint, source, tmp_path)
+    if sent is not None and sent.status != 0:
+        assert sent.error["code"].startswith("link."), sent
+    elif sent is not None:
+        assert failpoint == "session.sealed", "the sender believes what was not said"
+    assert vmdk.exists() == (failpoint in PUBLISHED)
+    if vmdk.exists():
+        assert identical(source, vmdk)
+    with receiving(directory) as target:
+        assert send(source, target.address, tmp_path / "state", token=target.token).ok
+        assert identical(source, vmdk)
+        assert sidecar(directory, "disk")["state"] == "clean"
+        assert half_made(directory) == []
+
+
+@pytest.mark.parametrize("failpoint", ["image.before_sync", "session.acked", "image.before_publish"])
+def test_a_sealed_disk_that_was_being_sent_again_is_dirty_until_it_is_whole(
+    failpoint: str, source: Path, tmp_path: Path
+) -> None:
+    directory, state = tmp_path / "target", tmp_path / "state"
+    with receiving(directory) as target:
+        assert send(source, target.address, state, token=target.token).ok
+    number = sidecar(directory, "disk")["disk"]
+    make_disk(source, 6 * MIB + 512, (MIB, MIB), (5 * MIB, MIB))
+    with receiving(directory, failpoint=failpoint) as target:
+        assert send(source, target.address, state, token=target.token).error["code"].startswith("link.")
+        assert target.process.wait().status == KILLED
+    assert sidecar(directory, "disk")["state"] == "dirty"
+    assert (directory / "disk.vmdk").exists()
+    with receiving(directory) as target:
+        assert send(source, target.address, state, token=target.token).ok
+    assert identical(source, directory / "disk.vmdk")
+    after = sidecar(directory, "disk")
+    assert (after["state"], after["disk"]) == ("clean", number), "a disk keeps its number"
+
+
+def test_numbers_and_epochs_are_never_given_out_twice(source: Path, tmp_path: Path) -> None:
+    """Also when the target dies right after it wrote them down."""
+    directory = tmp_path / "target"
+    epochs = []
+    for failpoint in ("sidecar.before_mark", "sidecar.marked", "session.before_sealed"):
+        killed_at(failpoint, source, tmp_path)
+        catalogue = json.loads((directory / ".replicator" / "catalogue.json").read_text())
+        epochs.append(catalogue["next_epoch"])
+        assert [disk["number"] for disk in catalogue["disks"]] == [1]
+    assert epochs == sorted(set(epochs))
