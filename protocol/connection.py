@@ -263,7 +263,7 @@ class Connection:
 
     def _header_complete(self) -> None:
         """Hash, rules, state, limit, credit; only then memory."""
-        header = head.unpack(self._target, self._seed)
+        header = self._header = head.unpack(self._target, self._seed)
         self._after(Direction.RECEIVE, header.type)
         limit = FRAME_TYPES[header.type].body_max
         if header.body_len > limit:
@@ -277,29 +277,31 @@ class Connection:
             self._target = self._body.view
         else:
             self._target = memoryview(bytearray(header.body_len))
-        self._header = header
         self._filled = 0
 
     def _body_complete(self) -> None:
-        header, body, target = self._header, self._body, self._target
+        header, body = self._header, self._body
         assert header is not None  # noqa: S101 - the caller looked
-        self._header = self._body = self._frame_at = None
-        self._target, self._filled = self._head, 0
-        if xxh3_64_intdigest(target, head.seed_for(header.type, self._seed)) != header.body_hash:
+        if xxh3_64_intdigest(self._target, head.seed_for(header.type, self._seed)) != header.body_hash:
             raise RemoteProtocolError(
                 WireCode.BODY_HASH, f"a body of {header.type.name} does not match its hash"
             )
+        message = None if body is not None else self._decoded(header)
+        self._header = self._body = self._frame_at = None
+        self._target, self._filled = self._head, 0
         if body is not None:
             self._events.append(Data(header, body))
-            return
+        if message is not None:
+            self.state = self._after(Direction.RECEIVE, header.type)
+            self._received(message)
+
+    def _decoded(self, header: Header) -> Message:
         kind = FRAME_TYPES[header.type].message
         assert kind is not None  # noqa: S101 - only DATA has none
         try:
-            message = decode(kind, target)
+            return decode(kind, self._target)
         except Malformed as error:
             raise RemoteProtocolError(WireCode.MESSAGE, f"{header.type.name}: {error}") from None
-        self.state = self._after(Direction.RECEIVE, header.type)
-        self._received(message)
 
     def _received(self, message: Message) -> None:
         if isinstance(message, Ping):
@@ -328,8 +330,9 @@ class Connection:
             raise RemoteProtocolError(WireCode.VERSION, reason)
 
     def _refuse(self, error: RemoteProtocolError) -> None:
-        """Tell the peer why, and close."""
-        if self.state is not State.CLOSED:
+        """Tell the peer why, unless it was a FAIL that broke a rule, and close."""
+        is_fail = self._header is not None and self._header.type is FrameType.FAIL
+        if self.state is not State.CLOSED and not is_fail:
             retry = Retry.LATER if error.code in ACCIDENTS else Retry.STOP
             self.send(Fail(error.code, retry, error.reason))
         self._close()

@@ -26,6 +26,7 @@ from protocol.wire import Interval as Interval
 
 NO_ID = bytes(16)  # "no parent", "no recovery point"
 COVERAGE_INTERVALS_MAX = 32 * 1024  # 512 KiB: half of a control message
+DIGEST_INTERVALS_MAX = 16 * 1024  # 256 KiB: with the holes and digests of an answer it fits a control message
 _DER = Opaque(8 * 1024)  # one certificate or request; RSA-4096 with every extension stays under 3 KiB
 _PROSE = Text(2048)
 
@@ -108,12 +109,18 @@ class DiskCoverage:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The epoch is under way. ``disks`` in OPEN's order; ``credit``: bytes of DATA frames allowed in all."""
+    """The epoch is under way: what is durable of each disk, in OPEN's order, and what is still to be said.
+
+    ``credit``: bytes of DATA frames allowed so far in all. ``mode``: what the epoch shall say, chosen by the
+    target. ``sealed``: the group's newest sealed epoch there.
+    """
 
     session: Id
     epoch_number: U64
     credit: U64
     disks: Annotated[tuple[DiskCoverage, ...], Items(DiskCoverage, DISKS_MAX)]
+    mode: Annotated[Mode, Choice(Mode)] = Mode.FULL
+    sealed: Id = NO_ID
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,24 +155,25 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class DigestsWanted:
-    """Asks for the digests of what the target holds in [start, end), one per ``block`` bytes."""
+    """Asks for the digests of what the target holds in the intervals, one per ``block`` bytes."""
 
+    request: U32
     disk: U32
-    start: U64
-    end: U64
     block: U32
+    intervals: Annotated[tuple[Interval, ...], Intervals(DIGEST_INTERVALS_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """XXH3-128 digests, 16 bytes each, of the blocks of [start, end) that are not in ``holes``, in order."""
+    """The next part of an answer: ``intervals`` follow on those answered before.
 
-    disk: U32
-    start: U64
-    end: U64
-    block: U32
-    holes: Annotated[tuple[Interval, ...], Intervals(16 * 1024)]
-    digests: Annotated[bytes, Opaque(512 * 1024)]
+    ``digests``: XXH3-128, 16 bytes each, of the blocks of the intervals that are not in ``holes``, in order.
+    """
+
+    request: U32
+    intervals: Annotated[tuple[Interval, ...], Intervals(DIGEST_INTERVALS_MAX)]
+    holes: Annotated[tuple[Interval, ...], Intervals(DIGEST_INTERVALS_MAX)]
+    digests: Annotated[bytes, Opaque(384 * 1024)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +298,7 @@ FRAME_TYPES: dict[FrameType, FrameKind] = {
     FrameType.DATA: FrameKind(None, TABLE_MAX_BYTES + RAW_MAX_BYTES),
     FrameType.ACK: FrameKind(Ack, CONTROL_MAX_BYTES),
     FrameType.WANTED: FrameKind(Wanted, GREETING_MAX_BYTES),
-    FrameType.DIGESTS_WANTED: FrameKind(DigestsWanted, GREETING_MAX_BYTES),
+    FrameType.DIGESTS_WANTED: FrameKind(DigestsWanted, CONTROL_MAX_BYTES),
     FrameType.DIGESTS: FrameKind(Digests, CONTROL_MAX_BYTES),
     FrameType.SEAL: FrameKind(Seal, CONTROL_MAX_BYTES),
     FrameType.SEALED: FrameKind(Sealed, GREETING_MAX_BYTES),

@@ -67,11 +67,10 @@ _SENDER: Table = {
         (_R, FrameType.DIGESTS): State.OPEN,
         (_S, FrameType.SEAL): State.SEALING,
     },
-    State.SEALING: {  # ACK, WANTED and DIGESTS may have been under way when SEAL was sent
+    State.SEALING: {  # the others may be under way when SEAL is sent; it stays in force
         (_R, FrameType.ACK): State.SEALING,
         (_R, FrameType.WANTED): State.SEALING,
         (_R, FrameType.DIGESTS): State.SEALING,
-        (_S, FrameType.SEAL): State.SEALING,  # again, after what was WANTED has been sent
         (_R, FrameType.SEALED): State.SEALED,
     },
     State.SEALED: {(_S, FrameType.OPEN): State.OPENING},  # the next epoch, on the same session

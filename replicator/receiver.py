@@ -101,6 +101,7 @@ class Session:
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.current_task()
         self.ended = asyncio.Event()
+        self.over = False
         self._share: Share = receiver.credit.join(self._commit.set)
 
     async def run(self) -> None:
@@ -137,6 +138,7 @@ class Session:
 
     def _drop_streams(self) -> None:
         """The session is over: nobody is left to serve its data streams, or to write what they brought."""
+        self.over = True
         for stream in self._streams:
             stream.on_data = lambda data: self._receiver.give(data.body)
             stream.abort()
@@ -355,10 +357,14 @@ class Receiver:
                 group = await self.workers.run(
                     self.directory.open_group, peer, wanted.group, wanted.epoch, wanted.disks
                 )
-                ending.push_async_callback(self.workers.run, group.close)
-                session = Session(self, stream, peer, group)
+                try:
+                    session = Session(self, stream, peer, group)
+                except BaseException:
+                    await self.workers.run(group.close)
+                    raise
                 self._sessions[session.id] = self._groups[wanted.group] = session
-                ending.callback(self._forget, wanted.group, session)
+                ending.callback(self._forget, wanted.group, session)  # last: until then its images are locked
+                ending.push_async_callback(self.workers.run, group.close)
             await session.run()
 
     def _forget(self, group: str, session: Session) -> None:
@@ -368,6 +374,6 @@ class Receiver:
 
     def _session_of(self, attach: Attach, peer: str) -> Session:
         session = self._sessions.get(attach.session)
-        if session is None or session.peer != peer:
+        if session is None or session.over or session.peer != peer:
             raise refusals.unknown_session()
         return session

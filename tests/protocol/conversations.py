@@ -53,6 +53,7 @@ SEED = 0x5EED_0F_0E1D_2C3B
 CREDIT = 64 * 1024 * 1024
 SESSION = bytes(range(16))
 EPOCH = bytes(range(16, 32))
+DISKS = (DiskCoverage(1, ()), DiskCoverage(2, (Interval(0, 512),)))
 
 SAMPLES: dict[FrameType, Message] = {
     TYPE_OF[type(message)]: message
@@ -69,13 +70,13 @@ SAMPLES: dict[FrameType, Message] = {
             0,
             (OpenDisk("web-os", 4096, 1_700_000_000_000_000_000), OpenDisk("web-däta", 8192)),
         ),
-        Opened(SESSION, 7, CREDIT, (DiskCoverage(1, ()), DiskCoverage(2, (Interval(0, 512),)))),
+        Opened(SESSION, 7, CREDIT, DISKS, Mode.RESYNC, sealed=bytes(range(32, 48))),
         Attach(SESSION),
         Attached(),
         Ack(1, CREDIT, (DiskCoverage(1, (Interval(0, 512), Interval(1024, 4096))),)),
         Wanted(1, 512, 1024),
-        DigestsWanted(1, 0, 262144, 65536),
-        Digests(1, 0, 262144, 65536, (Interval(65536, 131072),), bytes(range(48))),
+        DigestsWanted(5, 1, 65536, (Interval(0, 262144), Interval(524288, 589824))),
+        Digests(5, (Interval(0, 262144),), (Interval(65536, 131072),), bytes(range(48))),
         Seal(EPOCH, False, (DiskCoverage(1, (Interval(0, 4096),)),)),
         Sealed(EPOCH, NO_ID),
         Ping(42),
@@ -204,9 +205,10 @@ CONVERSATIONS = (
         (True, FrameType.PING),
         (False, FrameType.WANTED),
         (True, FrameType.SEAL),
+        (False, FrameType.DIGESTS),
         (False, FrameType.ACK),
         (False, FrameType.WANTED),
-        (True, FrameType.SEAL),
+        (False, FrameType.ACK),
         (False, FrameType.SEALED),
         (True, FrameType.OPEN),
         (False, FrameType.OPENED),

@@ -382,3 +382,15 @@ def test_a_forged_body_with_right_hashes_is_judged_by_its_schema() -> None:
     frame[72 + 16] = 2  # fuzzy: neither 0 nor 1
     connection = at(Role.RECEIVER, State.OPEN)
     assert refused(connection, rehashed(bytes(frame), SEED)).code is WireCode.MESSAGE
+
+
+def test_a_fail_that_breaks_a_rule_is_not_answered() -> None:
+    sender, receiver = Connection(Role.SENDER, 0.0), Connection(Role.RECEIVER, 0.0)
+    sender.send(Fail("x", Retry.STOP, "y"))
+    frame = bytearray(b"".join(sender.data_to_send()))
+    frame[-1] ^= 1
+    with pytest.raises(RemoteProtocolError) as caught:
+        receiver.receive_data(frame, 0.0)
+    assert caught.value.code is WireCode.BODY_HASH
+    assert receiver.state is State.CLOSED
+    assert receiver.data_to_send() == []

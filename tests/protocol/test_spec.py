@@ -17,7 +17,15 @@ from protocol.constants import DEAD_AFTER_S, FIRST_FRAME_S, FRAME_GRACE_S, FRAME
 from protocol.credit import ReceiveWindow
 from protocol.errors import ACCIDENTS, RemoteProtocolError, WireCode
 from protocol.header import Flags, FrameType
-from protocol.messages import COVERAGE_INTERVALS_MAX, FRAME_TYPES, Hello, Interval, Welcome
+from protocol.messages import (
+    COVERAGE_INTERVALS_MAX,
+    DIGEST_INTERVALS_MAX,
+    FRAME_TYPES,
+    Digests,
+    Hello,
+    Interval,
+    Welcome,
+)
 from protocol.payload import Extent, build, new_decompressor, unpack
 from protocol.state import TABLES, Direction, Role, State
 from protocol.wire import Choice, Codec, Fixed, Intervals, Items, Opaque, decode, encode, schema
@@ -165,7 +173,7 @@ def bring(example: Example, role: Role, state: State) -> Connection:
         elif kind is FrameType.ATTACHED and role is Role.RECEIVER:
             connection.attach(ReceiveWindow(example.says.get("credit", CREDIT)))
         elif kind is FrameType.HELLO and role is Role.SENDER:
-            connection.send(Hello())
+            connection.send(Hello(*example.says.get("offered", (1, 1))))
         else:
             apply(connection, direction, kind)
     connection.events_received()
@@ -247,6 +255,12 @@ def test_the_codes_are_those_of_the_code() -> None:
     assert {row[2] for row in steps if row[3] == "LATER"} == {code.value for code in ACCIDENTS}
 
 
+def digests_max() -> int:
+    codec = dict(schema(Digests))["digests"]
+    assert isinstance(codec, Opaque)
+    return codec.limit
+
+
 def test_the_limits_are_those_of_the_code() -> None:
     assert {row[0]: row[1].replace(",", "") for row in rows("## 10. Limits")} == {
         "raw payload": str(constants.RAW_MAX_BYTES),
@@ -255,6 +269,8 @@ def test_the_limits_are_those_of_the_code() -> None:
         "disk size, ends of intervals": "2^63 - 512",
         "control body": str(constants.CONTROL_MAX_BYTES),
         "intervals per list of coverage": str(COVERAGE_INTERVALS_MAX),
+        "intervals of DIGESTS_WANTED, of a part of DIGESTS, and of its holes": str(DIGEST_INTERVALS_MAX),
+        "digests of a part": str(digests_max()),
         "body of a greeting, PING and the like": str(constants.GREETING_MAX_BYTES),
         "body of FAIL": str(constants.FAIL_MAX_BYTES),
         "body in the join conversation": str(constants.JOIN_MAX_BYTES),
