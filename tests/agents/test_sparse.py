@@ -87,4 +87,5 @@ def test_memory_is_bounded_while_several_disks_are_received(tmp_path: Path, targ
         within_memory(send(source, target.address, state, "--streams", "16", token=target.token), target)
         source.unlink()
         peaks.append(target.process.peak_bytes())
-    assert peaks[-1] <= peaks[0] + 64 * MIB
+    # The first may have needed little: what one session may hold and what is kept for the next come on top.
+    assert peaks[-1] <= peaks[0] + (48 + 64) * MIB

@@ -221,13 +221,24 @@ def test_other_kinds_that_qemu_img_makes_are_refused(
 def test_data_of_another_size_than_the_descriptor_says_is_refused(
     folder: Path, dir_fd: int, change: int
 ) -> None:
-    image = FlatVmdk.create(Files(), dir_fd, "disk", MIB)
+    FlatVmdk.create(Files(), dir_fd, "disk", MIB).close()
     os.truncate(folder / "disk-flat.vmdk", MIB + change)
-    size_code = code_of(lambda: FlatVmdk.open_unpublished(Files(), dir_fd, "disk", MIB))
+    assert code_of(lambda: FlatVmdk.open_unpublished(Files(), dir_fd, "disk", MIB)) == "vmdk.extent_size"
+    os.truncate(folder / "disk-flat.vmdk", MIB)
+    image = FlatVmdk.open_unpublished(Files(), dir_fd, "disk", MIB)
     image.publish(cid=1)
     image.close()
-    assert size_code == "vmdk.extent_size"
+    os.truncate(folder / "disk-flat.vmdk", MIB + change)
     assert code_of(lambda: FlatVmdk.open_published(Files(), dir_fd, "disk")) == "vmdk.extent_size"
+
+
+def test_a_disk_has_one_writer_at_a_time(dir_fd: int) -> None:
+    image = FlatVmdk.create(Files(), dir_fd, "disk", MIB)
+    assert code_of(lambda: FlatVmdk.open_unpublished(Files(), dir_fd, "disk", MIB)) == "target.in_use"
+    image.publish(cid=1)
+    assert code_of(lambda: FlatVmdk.open_published(Files(), dir_fd, "disk")) == "target.in_use"
+    image.close()
+    FlatVmdk.open_published(Files(), dir_fd, "disk").close()
 
 
 @pytest.mark.parametrize("planted", ["disk-flat.vmdk", "disk.vmdk"])
@@ -279,7 +290,9 @@ def test_a_failed_publish_is_told_and_leaves_the_old_descriptor(folder: Path, di
         def rename(self, dir_fd: int, old: str, new: str) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
-    FlatVmdk.create(Files(), dir_fd, "disk", MIB).publish(cid=1)
+    made = FlatVmdk.create(Files(), dir_fd, "disk", MIB)
+    made.publish(cid=1)
+    made.close()
     before = (folder / "disk.vmdk").read_bytes()
     image = FlatVmdk.open_published(FailingRename(), dir_fd, "disk")
     assert code_of(lambda: image.publish(cid=2)) == "target.publish_failed"
