@@ -1,0 +1,625 @@
+"""The sender against a target that goes by the book but for one thing, and against the real one."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
+
+from protocol.connection import Data
+from protocol.constants import HEADER_BYTES
+from protocol.header import FrameType, Header, pack
+from protocol.messages import (
+    NO_ID,
+    Ack,
+    Bye,
+    Consistency,
+    DiskCoverage,
+    Fail,
+    Interval,
+    Mode,
+    Open,
+    Opened,
+    Retry,
+    Seal,
+    Sealed,
+    Wanted,
+)
+from protocol.payload import Extent, new_compressor, new_decompressor, unpack
+from replicator import sender as sending
+from replicator.buffers import ZERO_BLOCK_BYTES, BufferPool
+from replicator.errors import LinkError, PeerError, SourceError, TrustError
+from replicator.extents import Piece
+from replicator.sender import Sender, pack_piece
+from replicator.workers import Workers
+from tests.replicator.fake_target import SEED, FakeTarget, MemorySource, noise, to_send
+from tests.replicator.pipeline import MIB, Peer, descriptors, disk_of, ends, target, turns, until, until_equal
+
+FRAME_BYTES = HEADER_BYTES + 16 + MIB  # of incompressible data: header, one extent, a MiB
+
+
+@pytest.fixture
+def workers():
+    with Workers(2) as made:
+        yield made
+
+
+async def given_back(sender: Sender, tasks_before: set) -> None:
+    """Nothing of a send is left."""
+    assert sender.pool.taken == 0
+    await until(lambda: not asyncio.all_tasks() - tasks_before)
+
+
+# ------------------------------------------------------------------ the good way
+
+
+@pytest.mark.parametrize("streams", [1, 16])
+@pytest.mark.parametrize("level", [0, 1])
+async def test_what_arrives_is_what_was_read(
+    tmp_path: Path, workers: Workers, streams: int, level: int
+) -> None:
+    data = noise(3 * MIB) + b"text " * (MIB // 5) + bytes(4 * MIB) + noise(MIB // 2)
+    data = data[: len(data) // 512 * 512]
+    source = MemorySource(data, zeros=[Interval(5 * MIB, 6 * MIB)])
+    async with FakeTarget(tmp_path).listening() as fake:
+        sender = fake.sender(workers, level=level, streams=streams)
+        outcome = await sender.send_full("group", [to_send(source)])
+        assert bytes(fake.disks[0]) == data
+        assert len(fake.data) == streams and not fake.broken
+        assert outcome.epoch == fake.opens[0].epoch == fake.seals[0].epoch
+        assert not outcome.fuzzy and outcome.recovery_point == NO_ID
+        assert sender.pool.taken == 0
+
+
+async def test_open_and_seal_say_what_is_sent(tmp_path: Path, workers: Workers) -> None:
+    disks = [to_send(MemorySource(noise(size)), name) for name, size in (("os", MIB), ("data", 512))]
+    async with FakeTarget(tmp_path).listening() as fake:
+        await fake.sender(workers).send_full("web", disks)
+        (opened,), (sealed,) = fake.opens, fake.seals
+    assert (opened.group, opened.mode, opened.parent) == ("web", Mode.FULL, NO_ID)
+    assert opened.consistency is Consistency.FUZZY
+    assert [(disk.name, disk.size) for disk in opened.disks] == [("os", MIB), ("data", 512)]
+    assert sealed.disks == (
+        DiskCoverage(1, (Interval(0, MIB),)),
+        DiskCoverage(2, (Interval(0, 512),)),
+    )
+
+
+async def test_every_send_is_an_epoch_of_its_own(tmp_path: Path, workers: Workers) -> None:
+    async with FakeTarget(tmp_path).listening() as fake:
+        sender = fake.sender(workers)
+        for _ in range(2):
+            await sender.send_full("group", [to_send(MemorySource(noise(512)))])
+        assert fake.opens[0].epoch != fake.opens[1].epoch
+
+
+async def test_several_disks_of_a_group_do_not_mix(tmp_path: Path, workers: Workers) -> None:
+    disks = [noise(3 * MIB + 512 * number, number) for number in range(5)]
+    async with FakeTarget(tmp_path).listening() as fake:
+        sender = fake.sender(workers, streams=3)
+        await sender.send_full("group", [to_send(MemorySource(data), str(n)) for n, data in enumerate(disks)])
+        assert [bytes(disk) for disk in fake.disks] == disks
+        assert sender.progress.done == sender.progress.size == sum(map(len, disks))
+
+
+async def test_the_target_may_have_fewer_streams_than_wanted(tmp_path: Path, workers: Workers) -> None:
+    async with FakeTarget(tmp_path, streams_max=3).listening() as fake:
+        await fake.sender(workers, streams=16).send_full("group", [to_send(MemorySource(noise(MIB)))])
+        assert len(fake.data) == 3
+
+
+async def test_progress_only_grows_and_ends_at_the_size(tmp_path: Path, workers: Workers) -> None:
+    seen: list[int] = []
+
+    class Slow(FakeTarget):
+        async def arrived(self, peer: Peer, data: Data) -> None:
+            await super().arrived(peer, data)
+            await asyncio.sleep(0)
+            seen.append(sender.progress.done)
+
+    size = 12 * MIB + 512
+    source = MemorySource(noise(5 * MIB) + bytes(size - 5 * MIB), zeros=[Interval(8 * MIB, 10 * MIB)])
+    async with Slow(tmp_path, credit=4 * MIB).listening() as fake:
+        sender = fake.sender(workers)
+        await sender.send_full("group", [to_send(source)])
+        progress = sender.progress
+    assert seen == sorted(seen) and len(set(seen)) > 3
+    assert (progress.done, progress.size) == (size, size)
+    assert progress.read == size - 2 * MIB  # what the source knows to be zero is not read
+    assert progress.zero == size - 5 * MIB
+    assert progress.sent == sum(HEADER_BYTES + data.header.body_len for data in fake.frames)
+
+
+async def test_zero_blocks_inside_data_cost_nothing(tmp_path: Path, workers: Workers) -> None:
+    block = ZERO_BLOCK_BYTES
+    data = b"".join(noise(block, number) + bytes(3 * block) for number in range(64))
+    async with FakeTarget(tmp_path).listening() as fake:
+        sender = fake.sender(workers)
+        await sender.send_full("group", [to_send(MemorySource(data))])
+        assert bytes(fake.disks[0]) == data
+        assert sum(frame.header.raw_len for frame in fake.frames) == 64 * block
+        assert sender.progress.zero == 64 * 3 * block
+        assert sender.progress.sent < 64 * block + 20_000
+
+
+async def test_an_empty_disk_of_a_tebibyte_costs_a_few_bytes(tmp_path: Path, workers: Workers) -> None:
+    source = MemorySource(b"", zeros=[Interval(0, 1 << 40)])
+    source.size_bytes = 1 << 40
+
+    class Vast(FakeTarget):
+        def made(self, size: int) -> bytearray:
+            return bytearray()
+
+        def store(self, data: Data) -> list[Extent]:
+            return []
+
+    async with Vast(tmp_path).listening() as fake:
+        sender = fake.sender(workers)
+        await sender.send_full("group", [to_send(source)])
+        assert sender.progress.sent < 10_000
+        assert sender.progress.done == 1 << 40
+
+
+@pytest.mark.parametrize("is_changed", [True, False])
+async def test_a_source_that_changed_is_sealed_as_fuzzy(
+    tmp_path: Path, workers: Workers, is_changed: bool
+) -> None:
+    disks = [
+        to_send(MemorySource(noise(512)), "a"),
+        to_send(MemorySource(noise(512), is_changed=is_changed), "b"),
+    ]
+    async with FakeTarget(tmp_path).listening() as fake:
+        outcome = await fake.sender(workers).send_full("group", disks)
+        assert outcome.fuzzy is fake.seals[0].fuzzy is is_changed
+
+
+@pytest.mark.parametrize("level", [0, 3])
+async def test_the_real_target_makes_the_same_disk_of_it(tmp_path: Path, seed: int, level: int) -> None:
+    chance = random.Random(seed)
+    path = tmp_path / "source.img"
+    size = 20 * MIB + 512
+    with path.open("wb") as file:
+        file.truncate(size)
+        for _ in range(60):
+            file.seek(chance.randrange(size // 512) * 512)
+            file.write(chance.choice([noise, lambda n, s: bytes(n)])(chance.randrange(1, 400) * 512, 1))
+        file.truncate(size)
+    before = descriptors()
+    async with target(tmp_path) as here:
+        disk = await disk_of(path, here.workers, "disk")
+        sender = here.sender(here.site.process_server(), level=level, streams=3)
+        tasks = asyncio.all_tasks()
+        await sender.send_full("group", [disk])
+        await disk.source.close()
+        assert here.flat("disk") == path.read_bytes()
+        assert (here.path / "disk.vmdk").exists()
+        assert sender.pool.taken == 0
+        await until(lambda: not here.acceptor._tasks and not asyncio.all_tasks() - tasks)
+    await until(lambda: descriptors() <= before)
+
+
+# ------------------------------------------------------------------ credit
+
+
+class Stingy(FakeTarget):
+    """Gives no credit back by itself."""
+
+    async def arrived(self, peer: Peer, data: Data) -> None:
+        self.store(data)
+
+
+async def test_credit_is_used_to_the_byte_and_never_exceeded(tmp_path: Path, workers: Workers) -> None:
+    fake = Stingy(tmp_path, credit=3 * FRAME_BYTES + FRAME_BYTES - 1)
+    async with fake.listening():
+        task = asyncio.ensure_future(
+            fake.sender(workers, streams=4).send_full("group", [to_send(MemorySource(noise(10 * MIB)))])
+        )
+        await until(lambda: len(fake.frames) == 3)
+        await turns(300)
+        assert len(fake.frames) == 3  # one byte is missing for the fourth
+        fake.acknowledge(grant=1)
+        await until(lambda: len(fake.frames) == 4)
+        assert fake.window.received == fake.window.granted
+        for number in range(5, 11):
+            await turns(100)
+            assert len(fake.frames) == number - 1
+            fake.acknowledge(grant=FRAME_BYTES)
+            await until_equal(lambda: len(fake.frames), number)
+            assert fake.window.received == fake.window.granted
+        fake.acknowledge(*fake.frames)
+        await task
+        assert not fake.broken
+
+
+async def test_a_grant_that_comes_late_takes_nothing_away(tmp_path: Path, workers: Workers) -> None:
+    fake = Stingy(tmp_path, credit=FRAME_BYTES)
+    async with fake.listening():
+        task = asyncio.ensure_future(
+            fake.sender(workers).send_full("group", [to_send(MemorySource(noise(3 * MIB)))])
+        )
+        await until(lambda: len(fake.frames) == 1)
+        assert fake.control is not None
+        fake.acknowledge(grant=2 * FRAME_BYTES)
+        fake.control.send(Ack(2, FRAME_BYTES, ()))
+        await until(lambda: len(fake.frames) == 3)
+        fake.acknowledge(*fake.frames)
+        await task
+        assert not fake.broken
+
+
+async def test_a_window_of_one_frame_over_many_streams_comes_to_its_end(
+    tmp_path: Path, workers: Workers
+) -> None:
+    data = noise(12 * MIB)
+    async with FakeTarget(tmp_path, credit=FRAME_BYTES).listening() as fake:
+        await fake.sender(workers, streams=8).send_full("group", [to_send(MemorySource(data))])
+        assert bytes(fake.disks[0]) == data and not fake.broken
+
+
+async def test_memory_is_bounded_while_the_target_takes_nothing(tmp_path: Path, workers: Workers) -> None:
+    fake = Stingy(tmp_path, credit=0)
+    async with fake.listening():
+        sender = fake.sender(workers, streams=4)
+        source = MemorySource(noise(64 * MIB))
+        task = asyncio.ensure_future(sender.send_full("group", [to_send(source)]))
+        await until(lambda: len(fake.data) == 4 and sender.pool.taken >= sending.QUEUE_FRAMES)
+        await turns(2000)
+        assert sender.pool.taken <= sending.QUEUE_FRAMES + 4 + workers.threads
+        assert sender.progress.read <= sender.pool.taken * MIB
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert sender.pool.taken == 0
+
+
+# ------------------------------------------------------------------ packing
+
+
+SECTORS = 40 * 128  # 2.5 MiB: room for a piece of 1 MiB of data with gaps
+
+
+@st.composite
+def pieces(draw) -> tuple[Piece, bytes]:
+    """A piece of random extents, known zeros among them, and a disk whose data has zero stretches too."""
+    seed = draw(st.integers(0, 2**32))
+    chance = random.Random(seed)
+    disk = bytearray(chance.randbytes(SECTORS * 512))
+    for _ in range(draw(st.integers(0, 12))):
+        first = draw(st.integers(0, SECTORS - 1))
+        length = draw(st.sampled_from([1, 8, 127, 128, 129, 256, 700]))
+        disk[first * 512 : (first + length) * 512] = bytes(min(length, SECTORS - first) * 512)
+    position = draw(st.integers(0, 300))
+    extents: list[Extent] = []
+    raw = 0
+    for _ in range(draw(st.integers(1, 10))):
+        length = min(draw(st.integers(1, 600)), SECTORS - position)
+        zero = draw(st.booleans())
+        if not length or (not zero and raw + length > 2048):
+            break
+        extents.append(Extent(position * 512, length * 512, zero))
+        raw += 0 if zero else length
+        position += length
+    if not extents:
+        extents = [Extent(0, 512)]
+        raw = 1
+    for extent in extents:
+        if extent.zero:
+            disk[extent.offset : extent.end] = bytes(extent.length)
+    cover = Interval(extents[0].offset, extents[-1].end)
+    return Piece(cover, tuple(extents), raw * 512), bytes(disk)
+
+
+@given(made=pieces(), level=st.sampled_from([0, 1]), disk=st.integers(1, 9), epoch=st.integers(1, 99))
+def test_a_packed_piece_says_exactly_what_the_disk_holds(made, level: int, disk: int, epoch: int) -> None:
+    piece, content = made
+    pool = BufferPool(0)
+    buffer = pool.take(piece.raw_bytes)
+    position = 0
+    for extent in piece.extents:
+        if not extent.zero:
+            buffer.view[position : position + extent.length] = content[extent.offset : extent.end]
+            position += extent.length
+    frame = pack_piece(disk, epoch, piece, buffer, new_compressor(level) if level else None, SEED)
+    body = memoryview(bytes(frame.table) + bytes(frame.payload))
+    into = memoryview(bytearray(frame.header.raw_len))
+    extents, raw = unpack(frame.header, body, into, new_decompressor(), SEED)
+
+    assert (frame.header.disk, frame.header.epoch) == (disk, epoch)
+    assert Interval(frame.header.cover_start, frame.header.cover_end) == piece.cover
+    rebuilt = bytearray(b"\xaa" * len(content))
+    position, end = 0, piece.cover.start
+    for extent in extents:
+        assert extent.offset == end  # a full frame says something of every byte of its cover
+        end = extent.end
+        length = 0 if extent.zero else extent.length
+        rebuilt[extent.offset : end] = (
+            bytes(extent.length) if extent.zero else raw[position : position + length]
+        )
+        position += length
+    assert end == piece.cover.end and position == len(raw)
+    assert rebuilt[piece.cover.start : end] == content[piece.cover.start : end]
+    for extent in extents:  # no block that the zero test looks at is sent as zeros
+        if not extent.zero:
+            inside = next(wide for wide in piece.extents if wide.offset <= extent.offset < wide.end)
+            for start in range(extent.offset, extent.end, ZERO_BLOCK_BYTES):
+                assert (start - inside.offset) % ZERO_BLOCK_BYTES == 0
+                assert content[start : min(start + ZERO_BLOCK_BYTES, extent.end)].strip(b"\0")
+    pool.give(buffer)
+    assert pool.taken == 0
+
+
+# ------------------------------------------------------------------ how it ends badly
+
+
+class Ending(FakeTarget):
+    """Does something bad when the third frame has arrived."""
+
+    def __init__(self, path: Path, bad: Callable[["Ending", Peer], None]) -> None:
+        super().__init__(path)
+        self._bad = bad
+
+    async def arrived(self, peer: Peer, data: Data) -> None:
+        self.store(data)
+        if len(self.frames) == 3:
+            self._bad(self, peer)
+
+
+FULL = Fail("target.full", Retry.LATER, "the datastore is full", "too much on it", "make room")
+REFUSED = Fail("group.not_yours", Retry.STOP, "not yours", "why", "what to do")
+
+
+def control_of(fake: FakeTarget) -> Peer:
+    assert fake.control is not None
+    return fake.control
+
+
+def verdict_and_reset(fake: Ending, peer: Peer) -> None:
+    """As a target does that runs out of space: the reason over control, the data streams cut."""
+    control_of(fake).send(FULL)
+    for stream in fake.data:
+        stream.reset()
+
+
+def reset_before_verdict(fake: Ending, peer: Peer) -> None:
+    for stream in fake.data:
+        stream.reset()
+    asyncio.get_running_loop().call_later(0.05, lambda: control_of(fake).send(FULL))
+
+
+def goodbye_everywhere(fake: Ending, peer: Peer) -> None:
+    """As a target does that is being stopped."""
+    for stream in fake.data:
+        stream.send(Bye())
+    control_of(fake).send(Bye())
+
+
+BAD_ENDS = {
+    "control says why": (lambda fake, peer: control_of(fake).send(REFUSED), PeerError, "group.not_yours"),
+    "control says why and data is reset": (verdict_and_reset, LinkError, "target.full"),
+    "data is reset and control says why": (reset_before_verdict, LinkError, "target.full"),
+    "the data stream says why": (lambda fake, peer: peer.send(REFUSED), PeerError, "group.not_yours"),
+    "control is reset": (lambda fake, peer: control_of(fake).reset(), LinkError, "link.lost"),
+    "control is closed": (lambda fake, peer: control_of(fake).close(), LinkError, "link.lost"),
+    "everything says goodbye": (goodbye_everywhere, LinkError, "link.lost"),
+    "control is no longer trusted": (
+        lambda fake, peer: control_of(fake).send(Fail("identity.revoked", Retry.STOP, "revoked")),
+        TrustError,
+        "identity.revoked",
+    ),
+    "control breaks the protocol": (
+        lambda fake, peer: control_of(fake).write(bytes(72)),
+        PeerError,
+        "peer.protocol",
+    ),
+    "control asks for what was not offered": (
+        lambda fake, peer: control_of(fake).send(Wanted(1, 0, 512)),
+        PeerError,
+        "peer.protocol",
+    ),
+    "a disk is acknowledged that there is not": (
+        lambda fake, peer: control_of(fake).send(Ack(1, 1, (DiskCoverage(7, (Interval(0, 512),)),))),
+        PeerError,
+        "peer.protocol",
+    ),
+    "more is acknowledged than the disk has": (
+        lambda fake, peer: control_of(fake).send(Ack(1, 1, (DiskCoverage(1, (Interval(0, 1 << 40),)),))),
+        PeerError,
+        "peer.protocol",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BAD_ENDS)
+async def test_what_ends_a_send_is_told_in_the_words_of_who_knows_best(
+    tmp_path: Path, workers: Workers, how: str
+) -> None:
+    bad, kind, code = BAD_ENDS[how]
+    tasks = asyncio.all_tasks()
+    async with Ending(tmp_path, bad).listening() as fake:
+        sender = fake.sender(workers, streams=3)
+        source = MemorySource(noise(32 * MIB))
+        with ends(kind, code):
+            await sender.send_full("group", [to_send(source)])
+        assert source.reading == 0
+        assert sender.pool.taken == 0
+        assert sender.progress.done < sender.progress.size or how == "more is acknowledged than the disk has"
+        assert not fake.seals
+    await given_back(sender, tasks)
+
+
+async def test_a_data_stream_that_is_lost_ends_the_send_when_nobody_says_why(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "VERDICT_S", 0.02)
+    async with Ending(tmp_path, lambda fake, peer: peer.reset()).listening() as fake:
+        sender = fake.sender(workers)
+        with ends(LinkError, "link.lost"):
+            await sender.send_full("group", [to_send(MemorySource(noise(32 * MIB)))])
+        assert sender.pool.taken == 0
+
+
+async def test_a_data_stream_that_is_lost_is_noticed_while_nothing_is_sent(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without credit nothing would ever be written to it."""
+    monkeypatch.setattr(sending, "VERDICT_S", 0.02)
+    async with Stingy(tmp_path, credit=0).listening() as fake:
+        sender = fake.sender(workers)
+        task = asyncio.ensure_future(sender.send_full("group", [to_send(MemorySource(noise(4 * MIB)))]))
+        await until(lambda: len(fake.data) == 2 and sender.pool.taken > 2)
+        fake.data[0].reset()
+        with ends(LinkError, "link.lost"):
+            await task
+        assert sender.pool.taken == 0
+
+
+async def test_a_source_that_fails_ends_everything_at_once_with_its_own_error(
+    tmp_path: Path, workers: Workers
+) -> None:
+    tasks = asyncio.all_tasks()
+    async with FakeTarget(tmp_path).listening() as fake:
+        sender = fake.sender(workers, streams=3)
+        bad = MemorySource(noise(32 * MIB), fails_at=6 * MIB)
+        with ends(SourceError, "source.read_failed"):
+            await sender.send_full("group", [to_send(MemorySource(noise(MIB)), "a"), to_send(bad, "b")])
+        assert not fake.seals and sender.pool.taken == 0 and bad.reading == 0
+    await given_back(sender, tasks)
+
+
+async def test_a_source_whose_map_fails_ends_everything_too(tmp_path: Path, workers: Workers) -> None:
+    class NoMap(MemorySource):
+        async def extents(self, start: int = 0):
+            yield Extent(0, 2 * MIB)
+            raise SourceError("source.shrank", "it shrank", cause="somebody", fix="again")
+
+    async with FakeTarget(tmp_path).listening() as fake:
+        sender = fake.sender(workers)
+        with ends(SourceError, "source.shrank"):
+            await sender.send_full("group", [to_send(NoMap(noise(4 * MIB)))])
+        assert not fake.seals and sender.pool.taken == 0
+
+
+async def test_a_source_that_was_resized_is_not_sealed(tmp_path: Path, workers: Workers) -> None:
+    class Grew(MemorySource):
+        async def changed(self) -> bool:
+            raise SourceError("source.grew", "it grew", cause="somebody", fix="again")
+
+    async with FakeTarget(tmp_path).listening() as fake:
+        with ends(SourceError, "source.grew"):
+            await fake.sender(workers).send_full("group", [to_send(Grew(noise(MIB)))])
+        assert not fake.seals
+
+
+async def test_a_send_that_is_cancelled_gives_everything_back(tmp_path: Path, workers: Workers) -> None:
+    tasks = asyncio.all_tasks()
+    async with Stingy(tmp_path, credit=4 * MIB).listening() as fake:
+        sender = fake.sender(workers)
+        source = MemorySource(noise(32 * MIB))
+        task = asyncio.ensure_future(sender.send_full("group", [to_send(source)]))
+        await until(lambda: len(fake.frames) == 3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert sender.pool.taken == 0 and source.reading == 0
+    await given_back(sender, tasks)
+
+
+class Refusing(FakeTarget):
+    """Refuses at a named step."""
+
+    def __init__(self, path: Path, step: str) -> None:
+        super().__init__(path)
+        self._step = step
+
+    async def opened(self, peer: Peer, wanted: Open) -> None:
+        if self._step == "open":
+            peer.send(REFUSED)
+        elif self._step == "one disk for two":
+            peer.send(Opened(bytes(range(16)), 1, self.credit, self.coverage(wanted)[:1] * 2))
+        elif self._step == "too few disks":
+            peer.send(Opened(bytes(range(16)), 1, self.credit, self.coverage(wanted)[:1]))
+        else:
+            await super().opened(peer, wanted)
+
+    async def attached(self, peer: Peer) -> None:
+        if self._step == "attach":
+            peer.send(REFUSED)
+        elif self._step == "attach, control knows why":
+            peer.send(Fail("session.unknown", Retry.LATER, "there is no such session"))
+            control_of(self).send(REFUSED)
+        else:
+            await super().attached(peer)
+
+    async def sealing(self, peer: Peer, seal: Seal) -> None:
+        if self._step == "seal":
+            peer.send(REFUSED)
+        elif self._step == "another epoch":
+            peer.send(Sealed(bytes(16), NO_ID))
+        elif self._step == "reset instead of SEALED":
+            peer.reset()
+        else:
+            await super().sealing(peer, seal)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "code"),
+    [
+        ("open", PeerError, "group.not_yours"),
+        ("too few disks", PeerError, "peer.protocol"),
+        ("one disk for two", PeerError, "peer.protocol"),
+        ("attach", PeerError, "group.not_yours"),
+        ("attach, control knows why", PeerError, "group.not_yours"),
+        ("seal", PeerError, "group.not_yours"),
+        ("another epoch", PeerError, "peer.protocol"),
+        ("reset instead of SEALED", LinkError, "link.lost"),
+    ],
+)
+async def test_a_refusal_at_any_step_ends_the_send(
+    tmp_path: Path, workers: Workers, step: str, kind: type, code: str
+) -> None:
+    tasks = asyncio.all_tasks()
+    async with Refusing(tmp_path, step).listening() as fake:
+        sender = fake.sender(workers, streams=3)
+        disks = [to_send(MemorySource(noise(MIB)), name) for name in "ab"]
+        with ends(kind, code):
+            await sender.send_full("group", disks)
+    await given_back(sender, tasks)
+
+
+async def test_a_message_on_a_data_stream_that_has_none_is_a_broken_protocol(
+    tmp_path: Path, workers: Workers
+) -> None:
+    def attached_again(fake: Ending, peer: Peer) -> None:
+        again = Header(FrameType.ATTACHED, 0, body_hash=xxh3_64_intdigest(b"", SEED))
+        peer.write(pack(again, SEED))
+
+    async with Ending(tmp_path, attached_again).listening() as fake:
+        with ends(PeerError, "peer.protocol"):
+            await fake.sender(workers).send_full("group", [to_send(MemorySource(noise(8 * MIB)))])
+
+
+async def test_a_group_without_disks_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    async with target(tmp_path) as here:
+        with ends(PeerError, "group.empty"):
+            await here.sender(here.site.process_server()).send_full("group", [])
+
+
+async def test_a_master_target_that_stops_is_a_reason_to_try_again(tmp_path: Path) -> None:
+    source = tmp_path / "source.img"
+    source.write_bytes(noise(48 * MIB))
+    async with target(tmp_path) as here:
+        disk = await disk_of(source, here.workers, "disk")
+        sender = here.sender(here.site.process_server(), level=0, streams=4)
+        task = asyncio.ensure_future(sender.send_full("group", [disk]))
+        await until(lambda: sender.progress.done > 0)
+        await here.acceptor.stop()
+        with ends(LinkError, "link.lost"):
+            await task
+        assert sender.pool.taken == 0
+        assert here.receiver.pool.taken <= 4  # frames that were cut off; their memory is Python's business
+        await disk.source.close()
+        assert not (here.path / "disk.vmdk").exists()
