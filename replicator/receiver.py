@@ -126,8 +126,8 @@ class Session:
 
     async def stop(self) -> None:
         """End the session from outside: its identity opens the group anew."""
-        self._control.fail(refusals.replaced())
-        if self._task is not None:
+        if self._task is not None and not self.over:  # else it is closing its images: that must go on
+            self._control.fail(refusals.replaced())
             self._task.cancel()
         await self.ended.wait()
 

@@ -706,7 +706,7 @@ async def test_memory_stays_inside_the_pool_whatever_comes(
 
     monkeypatch.setattr(BufferPool, "take", counted_take)
     monkeypatch.setattr(BufferPool, "give", counted_give)
-    credit = 4 * LARGEST_FRAME_BYTES
+    credit = 8 * LARGEST_FRAME_BYTES
     async with target(tmp_path, credit_bytes=credit) as made:
         here, server = made, made.site.process_server()
         disks = []
