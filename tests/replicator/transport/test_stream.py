@@ -200,7 +200,10 @@ async def test_data_and_messages_come_in_order(site: Site, clock: SetClock) -> N
         assert len(contents) == 20
 
 
-async def test_a_ping_is_answered_without_anybody_reading(site: Site, clock: SetClock) -> None:
+async def test_a_ping_is_answered_without_anybody_reading(
+    site: Site, clock: SetClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "TICK_S", 1000.0)
     async with dialled(site, clock) as (stream, peer):
         await in_session(stream, peer)
         peer.send(Ping(5))
@@ -325,6 +328,13 @@ async def test_an_end_before_welcome_names_the_likely_causes(
             await stream.receive()
 
 
+async def test_a_sender_that_ends_before_it_says_anything_is_a_lost_link(site: Site, clock: SetClock) -> None:
+    async with accepted(site, clock) as (stream, peer):
+        peer.close()
+        with ends(LinkError, "link.lost"):
+            await stream.receive()
+
+
 async def test_a_certificate_that_the_server_does_not_know_shows_as_an_end_before_welcome(
     tmp_path: Path, site: Site, clock: SetClock
 ) -> None:
@@ -414,6 +424,7 @@ async def test_a_fail_reaches_a_peer_that_goes_on_sending(site: Site, clock: Set
         closing = asyncio.ensure_future(stream.close())
         fail = await peer.refused()
         assert fail.code == "protocol.credit"
+        assert isinstance(await peer.ended(), End)
         peer.close()
         await closing
 
@@ -450,7 +461,7 @@ async def test_an_unknown_conversation_is_refused(site: Site, clock: SetClock) -
         server_hostname=site.name,
     )
     with ends(PeerError, "peer.alpn"):
-        await stream.receive()
+        await asyncio.wait_for(stream.receive(), HANGS_S)
     assert stream.state is State.CLOSED
     await stream.close()
     server.close()
@@ -513,6 +524,7 @@ async def test_a_frame_that_trickles_in_is_refused(site: Site, clock: SetClock, 
             await stream.receive()
         assert "protocol.slow" in caught.value.message
         assert (await peer.refused()).code == "protocol.slow"
+        assert isinstance(await peer.ended(), End)
 
 
 # ------------------------------------------------------------------ FAIL and closing
