@@ -35,7 +35,7 @@ from replicator import certificates
 from replicator.authority import Authority
 from replicator.certificates import Credentials, PrivateKey, PublicKey
 from replicator.clock import Clock
-from replicator.errors import ReplicatorError, StateError, TrustError
+from replicator.errors import ReplicatorError, SpaceError, StateError, TrustError
 from replicator.failpoints import reach
 from replicator.identity import Identities, Identity, check_credentials
 from replicator.tokens import MAKE_ANOTHER, Token, TokenBook
@@ -272,7 +272,7 @@ class Enrolment:
             return  # BYE: it only wanted to look at our authority
         try:
             joined = await self._workers.run(self._answer, request, nonce, stream.peer_address)
-        except StateError as error:
+        except (StateError, SpaceError) as error:
             log.error("%s cannot be answered: %s", stream.peer_address, error)
             raise _unavailable() from None
         reach("join.before_answer")

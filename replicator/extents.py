@@ -33,7 +33,7 @@ class Coverage:
 
     __slots__ = ("_ends", "_starts")
 
-    def __init__(self, intervals: Iterable[Interval] = ()) -> None:
+    def __init__(self, intervals: Iterable[tuple[int, int]] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         for start, end in intervals:

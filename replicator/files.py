@@ -71,6 +71,10 @@ class Files:
         """Make a file, or a directory's entries, durable. An error is final for the file: never retried."""
         os.fsync(fd)
 
+    def drop_cache(self, fd: int) -> None:
+        """Have what is read next come from the medium: the kernel forgets the file's clean pages."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def rename(self, dir_fd: int, old: str, new: str) -> None:
         """Rename within one directory, replacing ``new``."""
         os.rename(old, new, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)

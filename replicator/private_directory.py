@@ -6,6 +6,7 @@ mean, and anything large or often written.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from replicator.errors import StateError
+from replicator.errors import SpaceError, StateError
 from replicator.files import Files, read_small_file, replace_file
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,14 @@ class HeldDirectory:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _unusable(self.path / name, "read", error) from error
+            raise unusable(self.path / name, "read", error) from error
 
     def replace(self, name: str, content: bytes) -> None:
         """Replace a file whole; it is durable on return."""
         try:
             replace_file(self.files, self.fd, name, content)
         except OSError as error:
-            raise _unusable(self.path / name, "written", error) from error
+            raise unusable(self.path / name, "written", error) from error
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
@@ -51,7 +54,7 @@ class HeldDirectory:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _unusable(self.path / name, "removed", error) from error
+            raise unusable(self.path / name, "removed", error) from error
 
 
 class PrivateDirectory:
@@ -77,11 +80,12 @@ class PrivateDirectory:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _unusable(self.path, "read", error) from error
+            raise unusable(self.path, "read", error) from error
 
     @contextmanager
     def held(self) -> Iterator[HeldDirectory]:
-        """Hold the directory, waiting for whoever holds it now. Errors are ``state.unusable``.
+        """Hold the directory, waiting for whoever holds it now. Errors are ``state.unusable``,
+        ``state.full``.
 
         Each holder opens the directory anew, so that the lock keeps threads apart as well as processes.
         """
@@ -89,14 +93,14 @@ class PrivateDirectory:
             self._make()
             fd = self.files.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise _unusable(self.path, "opened", error) from error
+            raise unusable(self.path, "opened", error) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             try:
                 # A predecessor may have died between a rename and its fsync: what is read now must last.
                 self.files.fsync(fd)
             except OSError as error:
-                raise _unusable(self.path, "synced", error) from error
+                raise unusable(self.path, "synced", error) from error
             yield HeldDirectory(self.files, fd, self.path)
         finally:
             self.files.close(fd)
@@ -116,7 +120,15 @@ class PrivateDirectory:
                 self.files.close(parent)
 
 
-def _unusable(path: Path, verb: str, error: OSError) -> StateError:
+def unusable(path: Path, verb: str, error: OSError) -> StateError | SpaceError:
+    """``state.full`` or ``state.unusable``, for an error of the file system at ``path``."""
+    if error.errno in _FULL:
+        return SpaceError(
+            "state.full",
+            f"{path} cannot be {verb}: {error.strerror}",
+            cause="the file system or the quota is full",
+            fix="free some space there: it goes on where it stopped",
+        )
     return StateError(
         "state.unusable",
         f"{path} cannot be {verb}: {error.strerror}",

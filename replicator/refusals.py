@@ -101,3 +101,13 @@ def incomplete(disk: int, missing: Interval | None) -> PeerError:
         cause="a defect in the sender: it seals what was not acknowledged",
         fix="send again; report it with the logs of both sides",
     )
+
+
+def bad_question(disk: int, block: int) -> PeerError:
+    """Digests are asked for that nobody could give, or too many at once."""
+    return PeerError(
+        "peer.protocol",
+        f"digests of disk {disk} in blocks of {block} were asked for that it does not have",
+        cause="a defect in the sender",
+        fix="report it with the logs of both sides",
+    )

@@ -205,13 +205,14 @@ def parse(content: bytes, name: str) -> Descriptor:
         _refuse_sparse("a binary sparse header")
     if len(content) > DESCRIPTOR_MAX_BYTES:
         _malformed(f"it is longer than {DESCRIPTOR_MAX_BYTES} bytes")
-    if b"\0" in content:
+    text = content.rstrip(b"\0")  # qemu-img pads to a sector when it sets the content id
+    if b"\0" in text or (content and not text):
         _malformed("it is not text")
-    return _read(tuple(content.decode("utf-8", "surrogateescape").split("\n")), name)
+    return _read(tuple(text.decode("utf-8", "surrogateescape").split("\n")), name)
 
 
 def render(descriptor: Descriptor) -> bytes:
-    """The descriptor's file, byte for byte as it was parsed."""
+    """The descriptor's file, byte for byte as it was parsed, without zeros that padded it."""
     return "\n".join(descriptor.lines).encode("utf-8", "surrogateescape")
 
 

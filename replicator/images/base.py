@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from protocol.messages import Interval
 from protocol.payload import Extent
+from replicator.images.reading import Digested
 
 
 class Image(Protocol):
@@ -30,6 +32,14 @@ class Image(Protocol):
         Raises:
             SpaceError: ``target.full``. TargetError: ``target.write_failed``. What was written so far is
             undefined.
+        """
+        ...
+
+    def digests(self, intervals: Sequence[Interval], block: int, seed: int, most: int) -> Digested:
+        """Digests of what is there, as ``reading.digest_blocks``. Not while they are being written.
+
+        Raises:
+            TargetError: ``target.read_failed``.
         """
         ...
 

@@ -1,9 +1,8 @@
-"""The images of a datastore directory: which disk is which file, whose it is, and whether it is whole.
+"""The images of a datastore directory: which disk is which file, and which epoch each of them holds.
 
-Beside each VMDK lies a sidecar ``NAME.replica.json``: owner, epoch, clean or dirty. A VMDK's descriptor
-appears only when its first epoch is sealed, so that a half-written disk never looks like a usable one. Disk
-numbers are given out here and never reused; they live with the retention volume (``catalogue.json``), not
-with the data. All of it blocks.
+A VMDK's descriptor appears only when its first epoch is sealed, so that a half-written disk never looks like
+a usable one; a sidecar beside it says the rest (``sidecar.py``). What must outlive the datastore, numbers and
+epochs, lies with the retention volume (``catalogue.py``, ``coverage_journal.py``). All of it blocks.
 """
 
 from __future__ import annotations
@@ -13,76 +12,56 @@ import os
 import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from protocol.messages import OpenDisk
-from replicator.errors import PeerError, StateError, TargetError
-from replicator.failpoints import reach
-from replicator.files import Files, replace_file
+from protocol.messages import NO_ID, Open, OpenDisk
+from replicator.errors import PeerError, TargetError
+from replicator.extents import Coverage
+from replicator.files import Files
+from replicator.images.catalogue import Entry, GroupEpochs, admit, load, store
+from replicator.images.coverage_journal import CoverageJournal, remove_journal
 from replicator.images.flat_vmdk import FlatVmdk, flat_name
-from replicator.images.opening import failure
-from replicator.private_directory import (
-    HeldDirectory,
-    PrivateDirectory,
-    checked_record,
-    decode_record,
-    encode_record,
-)
+from replicator.images.sidecar import Sidecar, read_sidecar, write_sidecar
+from replicator.plan import TargetState, choose_mode
+from replicator.private_directory import PrivateDirectory
 
 NAME_MAX_BYTES = 200  # leaves room for our suffixes in the 255 of a file name
-CATALOGUE = "catalogue.json"
-_CATALOGUE_FIELDS = {"version": int, "next_number": int, "next_epoch": int, "disks": list}
-_ENTRY_FIELDS = {"number": int, "group": str, "name": str, "owner": str}
-_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A disk that this directory has known, for ever."""
-
-    number: int
-    group: str
-    name: str
-    owner: str
-
-
-@dataclass(frozen=True, slots=True)
-class Catalogue:
-    """Everything that must outlive the process but is no disk content."""
-
-    next_number: int = 1
-    next_epoch: int = 1
-    disks: tuple[Entry, ...] = ()
-
-    def find(self, name: str) -> Entry | None:
-        """The entry of the disk with this name."""
-        return next((entry for entry in self.disks if entry.name == name), None)
-
-
-@dataclass(slots=True)
 class OpenedDisk:
-    """A disk of the epoch under way."""
+    """A disk of the epoch under way. ``durable``: what of the epoch it holds already."""
 
     number: int
     name: str
     image: FlatVmdk
+    durable: Coverage
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedGroup:
-    """The images of one epoch. ``epoch_number``: local, counts up for ever."""
+    """The images of one epoch.
 
+    Attributes:
+        epochs: what the catalogue says of the group: number and mode of the epoch, the newest sealed one.
+        epoch: id of the epoch.
+        journal: takes what becomes durable; None when the epoch is sealed already.
+    """
+
+    epochs: GroupEpochs
     owner: str
-    epoch: bytes
-    epoch_number: int
     disks: tuple[OpenedDisk, ...]
+    epoch: bytes
+    journal: CoverageJournal | None
 
     def close(self) -> None:
-        """Let go of all images."""
+        """Let go of everything."""
         for disk in self.disks:
             disk.image.close()
+        if self.journal is not None:
+            self.journal.close()
 
 
 class ImageDirectory:
@@ -136,8 +115,8 @@ class ImageDirectory:
             ) from None
         self._lock_fd = fd
 
-    def open_group(self, owner: str, group: str, epoch: bytes, wanted: Sequence[OpenDisk]) -> OpenedGroup:
-        """Find or create the images of a group's disks, number them, and mark them dirty with this epoch.
+    def open_group(self, owner: str, wanted: Open) -> OpenedGroup:
+        """Find or create the images of a group's disks and decide what the epoch has to say.
 
         Everything is checked before anything is created or changed.
 
@@ -145,33 +124,81 @@ class ImageDirectory:
             PeerError: ``disk.bad_name``, ``disk.bad_size``, ``disk.name_taken``, ``disk.listed_twice``,
                 ``group.not_yours``, ``image.size_mismatch``. TargetError, SpaceError: as the images say.
         """
-        for disk in wanted:
+        for disk in wanted.disks:
             check_disk(disk)
         with self._retention.held() as held, ExitStack() as opening:
-            catalogue = _load(held)
-            entries, updated = admit(catalogue, owner, group, wanted)
-            images = self._open_images(wanted, opening)
-            _store(held, updated)
-            for entry in entries:
-                self._mark(entry, epoch, clean=False)
+            catalogue = load(held)
+            entries, updated = admit(catalogue, owner, wanted.group, wanted.disks)
+            images = self._open_images(wanted.disks, opening)
+            known = catalogue.epochs_of(wanted.group)
+            state = self._state(known, entries, images)
+            if state.clean and wanted.epoch == state.sealed:
+                opening.pop_all()
+                whole = _disks(entries, images, [Coverage([(0, disk.size)]) for disk in wanted.disks])
+                return OpenedGroup(known, owner, whole, state.sealed, None)
+            resumed = wanted.epoch == state.under_way != NO_ID
+            epochs = GroupEpochs(
+                wanted.group,
+                known.sealed,
+                wanted.epoch,
+                known.number if resumed else updated.next_epoch,
+                choose_mode(wanted.epoch, wanted.parent, state),
+            )
+            store(held, updated.with_epochs(epochs))
+            if not resumed:
+                for number in {known.number, epochs.number}:  # a file of a lost catalogue may have our number
+                    remove_journal(held, number)
+                for entry, image in zip(entries, images, strict=True):
+                    self._mark(entry, image, wanted.epoch, clean=False)
+            journal = CoverageJournal.open(held, epochs.number)
             opening.pop_all()
-        disks = tuple(
-            OpenedDisk(entry.number, entry.name, image) for entry, image in zip(entries, images, strict=True)
-        )
-        return OpenedGroup(owner, epoch, catalogue.next_epoch, disks)
+        durable = [journal.disks.get(entry.number, Coverage()) for entry in entries]
+        return OpenedGroup(epochs, owner, _disks(entries, images, durable), wanted.epoch, journal)
 
     def seal(self, group: OpenedGroup) -> None:
-        """The epoch is whole: make its images durable, give them their descriptors, mark them clean.
+        """The epoch is whole: make its images durable and publish them, mark them clean. Idempotent.
 
         Raises:
             TargetError, SpaceError: an image could not be made durable or published; none is marked clean.
         """
+        if group.journal is None:
+            return
         for disk in group.disks:
             disk.image.sync()
         for disk in group.disks:
             disk.image.publish(secrets.randbelow(0xFFFFFFFE))
         for disk in group.disks:
-            self._mark(Entry(disk.number, "", disk.name, group.owner), group.epoch, clean=True)
+            entry = Entry(disk.number, group.epochs.name, disk.name, group.owner)
+            self._mark(entry, disk.image, group.epoch, clean=True)
+        with self._retention.held() as held:
+            catalogue = load(held)
+            epochs = replace(group.epochs, sealed=group.epoch, under_way=NO_ID)
+            store(held, catalogue.with_epochs(epochs))
+            remove_journal(held, epochs.number)
+
+    def _state(self, known: GroupEpochs, entries: Sequence[Entry], images: Sequence[FlatVmdk]) -> TargetState:
+        """What the images hold. One that somebody else wrote to, or without its own sidecar, holds no
+        epoch.
+        """
+        nothing = TargetState(known.sealed, blank=all(image.blank for image in images))
+        clean, ours = known.under_way == NO_ID, True
+        for entry, image in zip(entries, images, strict=True):
+            sidecar = read_sidecar(self._files, self._dir_fd, image.disk)
+            if image.blank or sidecar is None or sidecar.cid != image.cid:
+                return nothing
+            if (sidecar.owner, sidecar.disk) != (entry.owner, entry.number):
+                return nothing
+            settled = sidecar.clean and sidecar.modified_ns == image.modified_ns()
+            clean = clean and settled and sidecar.epoch == known.sealed
+            ours = ours and sidecar.epoch == known.under_way
+        return replace(
+            nothing, clean=clean, under_way=known.under_way if ours else NO_ID, under_way_mode=known.mode
+        )
+
+    def _mark(self, entry: Entry, image: FlatVmdk, epoch: bytes, *, clean: bool) -> None:
+        modified_ns = image.modified_ns() if clean else 0
+        sidecar = Sidecar(entry.owner, entry.number, epoch, clean, image.cid, modified_ns)
+        write_sidecar(self._files, self._dir_fd, entry.name, sidecar)
 
     def _open_directory(self) -> int:
         try:
@@ -244,74 +271,6 @@ class ImageDirectory:
             )
         return image
 
-    def _mark(self, entry: Entry, epoch: bytes, *, clean: bool) -> None:
-        record = {
-            "version": _VERSION,
-            "owner": entry.owner,
-            "disk": entry.number,
-            "epoch": epoch.hex(),
-            "state": "clean" if clean else "dirty",
-        }
-        reach("sidecar.before_mark")
-        name = f"{entry.name}.replica.json"
-        try:
-            replace_file(self._files, self._dir_fd, name, encode_record(record), mode=0o644)
-        except OSError as error:
-            raise failure(error, "target.write_failed", f"cannot write {name}") from error
-        reach("sidecar.marked")
-
-
-def admit(
-    catalogue: Catalogue, owner: str, group: str, wanted: Sequence[OpenDisk]
-) -> tuple[list[Entry], Catalogue]:
-    """The entries of the wanted disks, new ones numbered, and the catalogue with them and one epoch more.
-
-    Raises:
-        PeerError: ``group.not_yours``, ``disk.name_taken``, ``disk.listed_twice``.
-    """
-    if not wanted:
-        raise PeerError(
-            "group.empty",
-            f"group {group!r} has no disks",
-            cause="a defect in the sender",
-            fix="report it with the logs of both sides",
-        )
-    if len({disk.name for disk in wanted}) != len(wanted):
-        raise PeerError(
-            "disk.listed_twice",
-            f"group {group!r} lists a disk twice",
-            cause="two of its disks have the same name",
-            fix="give each disk its own name with --disk",
-        )
-    foreign = next(
-        (entry for entry in catalogue.disks if entry.group == group and entry.owner != owner), None
-    )
-    if foreign is not None:
-        raise PeerError(
-            "group.not_yours",
-            f"group {group!r} belongs to another process server ({foreign.owner})",
-            cause="another identity has replicated this group before",
-            fix="send from there (with its --state directory), or choose another disk name",
-        )
-    entries: list[Entry] = []
-    new: list[Entry] = []
-    for disk in wanted:
-        entry = catalogue.find(disk.name)
-        if entry is None:
-            entry = Entry(catalogue.next_number + len(new), group, disk.name, owner)
-            new.append(entry)
-        elif entry.group != group:
-            raise PeerError(
-                "disk.name_taken",
-                f"disk {disk.name!r} belongs to group {entry.group!r}",
-                cause="two groups use the same disk name on this master target",
-                fix="choose another name with --disk",
-            )
-        entries.append(entry)
-    return entries, Catalogue(
-        catalogue.next_number + len(new), catalogue.next_epoch + 1, (*catalogue.disks, *new)
-    )
-
 
 def check_disk(disk: OpenDisk) -> None:
     """Refuse names that are no plain file names and sizes that no disk has.
@@ -339,36 +298,10 @@ def check_disk(disk: OpenDisk) -> None:
         )
 
 
-def _load(held: HeldDirectory) -> Catalogue:
-    content = held.read(CATALOGUE)
-    if content is None:
-        return Catalogue()
-    try:
-        record = decode_record(content, _CATALOGUE_FIELDS)
-        if record["version"] != _VERSION:
-            raise ValueError(f"version {record['version']} is not known")
-        disks = tuple(Entry(**checked_record(entry, _ENTRY_FIELDS)) for entry in record["disks"])
-        if any(entry.number >= record["next_number"] for entry in disks):
-            raise ValueError("it would give out a disk number again")
-    except ValueError as error:
-        raise StateError(
-            "catalogue.damaged",
-            f"{held.path / CATALOGUE} cannot be used: {error}",
-            cause="the file was edited, cut short or overwritten, or comes from a newer release",
-            fix="restore it from a backup; disk numbers and owners are in the sidecars beside the VMDKs",
-        ) from None
-    return Catalogue(record["next_number"], record["next_epoch"], disks)
-
-
-def _store(held: HeldDirectory, catalogue: Catalogue) -> None:
-    held.replace(
-        CATALOGUE,
-        encode_record(
-            {
-                "version": _VERSION,
-                "next_number": catalogue.next_number,
-                "next_epoch": catalogue.next_epoch,
-                "disks": [asdict(entry) for entry in catalogue.disks],
-            }
-        ),
+def _disks(
+    entries: Sequence[Entry], images: Sequence[FlatVmdk], durable: Sequence[Coverage]
+) -> tuple[OpenedDisk, ...]:
+    return tuple(
+        OpenedDisk(entry.number, entry.name, image, coverage)
+        for entry, image, coverage in zip(entries, images, durable, strict=True)
     )

@@ -34,6 +34,7 @@ class FlatVmdk(FileImage):
             files, descriptor_name(disk), fd, descriptor.size_bytes, blank=False, zeroing=zeroing
         )
         self.thin = descriptor.thin
+        self.disk = disk
         self.published = False
         self._dir_fd = dir_fd
         self._descriptor = descriptor
@@ -102,6 +103,18 @@ class FlatVmdk(FileImage):
         image.published = True
         return image
 
+    @property
+    def cid(self) -> int:
+        """The content id in its descriptor, as it was opened or last published."""
+        return self._descriptor.cid
+
+    def modified_ns(self) -> int:
+        """When its data was last changed, by the file system's clock, ns since 1970. ``TargetError``."""
+        try:
+            return self._files.fstat(self._fd).st_mtime_ns
+        except OSError as error:
+            raise failure(error, "target.read_failed", f"cannot look at {self.name}") from error
+
     def publish(self, cid: int) -> None:
         """Say durably that the content is now ``cid``; ``sync`` comes before. The first call makes the VMDK.
 
@@ -116,9 +129,9 @@ class FlatVmdk(FileImage):
         try:
             if self.published:
                 descriptor, mode = _read_descriptor(self._files, self._dir_fd, self.name)
-            content = vmdk.render(vmdk.with_cid(descriptor, cid))
+            self._descriptor = vmdk.with_cid(descriptor, cid)
             reach("image.before_publish")
-            replace_file(self._files, self._dir_fd, self.name, content, mode)
+            replace_file(self._files, self._dir_fd, self.name, vmdk.render(self._descriptor), mode)
         except OSError as error:
             raise failure(error, "target.publish_failed", f"cannot write {self.name}") from error
         self.published = True

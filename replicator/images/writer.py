@@ -26,12 +26,14 @@ from threading import Lock
 from typing import Final, NamedTuple
 
 from protocol.constants import KIB, MIB
+from protocol.messages import Interval
 from protocol.payload import Extent
 from replicator import linux
 from replicator.errors import TargetError
 from replicator.failpoints import reach
 from replicator.files import Files, write_fully
 from replicator.images.opening import failure
+from replicator.images.reading import Digested, digest_blocks
 
 # Below, the page cache gathers writes better than a disk takes them one by one.
 DIRECT_MIN_BYTES: Final = 64 * KIB
@@ -145,6 +147,13 @@ class FileImage:
                 error, "target.write_failed", f"cannot write {self.name} at byte {offset}"
             ) from error
 
+    def digests(self, intervals: Sequence[Interval], block: int, seed: int, most: int) -> Digested:
+        """See ``Image.digests``."""
+        try:
+            return digest_blocks(self._files, self._fd, intervals, block, seed, most)
+        except OSError as error:
+            raise failure(error, "target.read_failed", f"cannot read {self.name}") from error
+
     def sync(self) -> None:
         """See ``Image.sync``."""
         with self._syncing:
@@ -154,6 +163,8 @@ class FileImage:
                 self._files.fdatasync(self._fd)
             except OSError as error:
                 self._sync_failed = True
+                with suppress(OSError):  # what was lost shall not be read, and found equal, from the cache
+                    self._files.drop_cache(self._fd)
                 raise self._sync_failure(error.strerror or str(error)) from error
             reach("image.synced")
 

@@ -37,6 +37,14 @@ class Source(Protocol):
         """
         ...
 
+    async def fingerprint(self) -> str:
+        """Text that differs when the content may differ from what it was; empty if nothing can tell.
+
+        Raises:
+            SourceError: it cannot be looked at.
+        """
+        ...
+
     async def changed(self) -> bool:
         """Whether the source may have changed since it was opened. Never True for a snapshot.
 

@@ -37,11 +37,17 @@ class _Identity(NamedTuple):
 
 
 class RawSource:
-    """A raw file or block device as a ``Source`` (``base.py``). Made by ``open``."""
+    """A raw file or block device as a ``Source`` (``base.py``). Made by ``open``.
+
+    Attributes:
+        name, size_bytes: see ``Source``.
+        watched: a change is seen as one, so that after it another pass may find the disk at rest.
+    """
 
     def __init__(self, files: Files, workers: Workers, path: str, quiesced: bool) -> None:
         self.name = path
         self.size_bytes = 0
+        self.watched = False
         self._files = files
         self._workers = workers
         self._quiesced = quiesced
@@ -74,11 +80,11 @@ class RawSource:
         source = cls(files, workers, os.fspath(path), quiesced)
         try:
             await source._call(source._open)
-            if source._just_written():
+            if source._just_written(source._identity):
                 # Two writes within a tick leave the same times; from three ticks on they can be told apart.
                 await asyncio.sleep(3 * TICK_NS / 1e9)
                 source._identity = await source._call(source._look)
-                source._settled = not source._just_written()
+                source._settled = not source._just_written(source._identity)
         except BaseException:  # a cancelled caller too: the call under way may have opened the file
             await source.close()
             raise
@@ -101,6 +107,16 @@ class RawSource:
         if any(not 0 <= extent.offset < extent.end <= self.size_bytes for extent in extents):
             raise ValueError(f"an extent is outside a disk of {self.size_bytes} bytes")
         await self._call(self._read, extents, view)
+
+    async def fingerprint(self) -> str:
+        """See ``Source.fingerprint``: size and times of a file.
+
+        A device tells nothing of what it was, nor does a file that was written just now.
+        """
+        identity = await self._call(self._look)
+        if self._is_device or self._just_written(identity):
+            return ""
+        return f"{self.size_bytes} {identity.modified_ns} {identity.changed_ns}"
 
     async def changed(self) -> bool:
         """See ``Source.changed``: by size and times; a device counts as changed unless it is quiesced."""
@@ -132,9 +148,9 @@ class RawSource:
             if not self._calls:
                 self._idle.set()
 
-    def _just_written(self) -> bool:
+    def _just_written(self, identity: _Identity) -> bool:
         """Whether a further write may leave the same times. Times far ahead are a file server's own."""
-        return not self._is_device and abs(time.time_ns() - max(self._identity)) < 2 * TICK_NS
+        return not self._is_device and abs(time.time_ns() - max(identity)) < 2 * TICK_NS
 
     # What follows blocks and runs in a worker.
 
@@ -143,7 +159,8 @@ class RawSource:
             self._fd = _open_read_only(self._files, self.name)
             found = self._files.fstat(self._fd)
             self._is_device = stat.S_ISBLK(found.st_mode)
-            if not self._is_device and not stat.S_ISREG(found.st_mode):
+            self.watched = not self._is_device
+            if self.watched and not stat.S_ISREG(found.st_mode):
                 raise _unsuitable(self.name, _KINDS.get(stat.S_IFMT(found.st_mode), "something else"))
             size = self._files.device_size(self._fd) if self._is_device else found.st_size
         except OSError as error:

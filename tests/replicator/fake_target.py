@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Self
+
+from xxhash import xxh3_128_digest
 
 from protocol.connection import Data, End
 from protocol.credit import ReceiveWindow
@@ -18,9 +21,12 @@ from protocol.messages import (
     Ack,
     Attach,
     Bye,
+    Digests,
+    DigestsWanted,
     DiskCoverage,
     Hello,
     Interval,
+    Mode,
     Open,
     Opened,
     Seal,
@@ -33,9 +39,11 @@ from replicator.adapt import FixedLevel
 from replicator.clock import Clock
 from replicator.errors import SourceError
 from replicator.sender import DiskToSend, Sender
+from replicator.sender_state import GroupMemory
 from replicator.transport.dial import Address, dial
 from replicator.workers import Workers
 from tests.replicator.pipeline import HANGS_S, MIB, Peer, Reset, Site
+from tests.replicator.pipeline import memory as remember
 
 SEED = 0x5EED
 SESSION = bytes(range(16))
@@ -48,9 +56,11 @@ class FakeTarget:
         credit: what OPENED grants; `window` counts what was used of it.
         frames: every frame that came, in order of arrival.
         disks: what they make of the disks.
+        mode, newest: what OPENED says of the epoch, and as the newest sealed one.
     """
 
     def __init__(self, path: Path, credit: int = 64 * MIB, streams_max: int = 16) -> None:
+        self.path = path
         self.site = Site(path)
         self.credit = credit
         self.streams_max = streams_max
@@ -59,6 +69,9 @@ class FakeTarget:
         self.disks: list[bytearray] = []
         self.opens: list[Open] = []
         self.seals: list[Seal] = []
+        self.questions: list[DigestsWanted] = []
+        self.mode = Mode.FULL
+        self.newest = NO_ID
         self.control: Peer | None = None
         self.data: list[Peer] = []
         self.peers: list[Peer] = []
@@ -70,7 +83,8 @@ class FakeTarget:
     # -- steps ----
 
     async def opened(self, peer: Peer, wanted: Open) -> None:
-        peer.send(Opened(SESSION, 1, self.credit, self.coverage(wanted)))
+        coverage = self.coverage(wanted)
+        peer.send(Opened(SESSION, 1, self.credit, coverage, self.mode, self.newest))
 
     def coverage(self, wanted: Open) -> tuple[DiskCoverage, ...]:
         return tuple(DiskCoverage(number, ()) for number in range(1, len(wanted.disks) + 1))
@@ -82,6 +96,9 @@ class FakeTarget:
     async def arrived(self, peer: Peer, data: Data) -> None:
         self.store(data)
         self.acknowledge(data)
+
+    async def asked(self, peer: Peer, wanted: DigestsWanted) -> None:
+        peer.send(self.answer(wanted))
 
     async def sealing(self, peer: Peer, seal: Seal) -> None:
         peer.send(Sealed(seal.epoch, NO_ID))
@@ -102,6 +119,16 @@ class FakeTarget:
             disk[extent.offset : extent.end] = found
             position += length
         return extents
+
+    def answer(self, wanted: DigestsWanted) -> Digests:
+        """All of it, without holes."""
+        disk = memoryview(self.disks[wanted.disk - 1])
+        digests = [
+            xxh3_128_digest(disk[start : min(start + wanted.block, end)], SEED)
+            for first, end in wanted.intervals
+            for start in range(first, end, wanted.block)
+        ]
+        return Digests(wanted.request, wanted.intervals, (), b"".join(digests))
 
     def acknowledge(self, *frames: Data, grant: int | None = None) -> None:
         assert self.control is not None
@@ -134,6 +161,9 @@ class FakeTarget:
             if isinstance(message, Data):
                 self.frames.append(message)
                 await self.arrived(peer, message)
+            elif isinstance(message, DigestsWanted):
+                self.questions.append(message)
+                await self.asked(peer, message)
             elif isinstance(message, Seal):
                 self.seals.append(message)
                 await self.sealing(peer, message)
@@ -169,7 +199,10 @@ class FakeTarget:
             if self.tasks:
                 await asyncio.wait(self.tasks)
 
-    def sender(self, workers: Workers, *, level: int = 0, streams: int = 2) -> Sender:
+    def sender(
+        self, workers: Workers, *, level: int = 0, streams: int = 2, memory: GroupMemory | None = None
+    ) -> Sender:
+        """A sender with this memory; without one, with a memory of its own."""
         call = partial(
             dial,
             self.address,
@@ -178,7 +211,8 @@ class FakeTarget:
             server_name=self.site.name,
             clock=Clock(),
         )
-        return Sender(call, workers, FixedLevel(level), streams)
+        remembered = memory or remember(self.path / f"state-{token_hex(4)}")
+        return Sender(call, workers, FixedLevel(level), remembered, streams)
 
 
 class MemorySource:
@@ -200,14 +234,17 @@ class MemorySource:
         self.fails_at = fails_at
         self.is_changed = is_changed
         self.reading = 0
+        self.seen_as = "as it was"
         self.before_read: Callable[[int], None] = lambda offset: None
 
     async def extents(self, start: int = 0) -> AsyncIterator[Extent]:
-        position = 0
+        position = start
         for first, end in self.zeros:
+            if end <= start:
+                continue
             if position < first:
                 yield Extent(position, first - position)
-            yield Extent(first, end - first, True)
+            yield Extent(max(first, start), end - max(first, start), True)
             position = end
         if position < self.size_bytes:
             yield Extent(position, self.size_bytes - position)
@@ -225,6 +262,9 @@ class MemorySource:
                 position += extent.length
         finally:
             self.reading -= 1
+
+    async def fingerprint(self) -> str:
+        return self.seen_as
 
     async def changed(self) -> bool:
         return self.is_changed

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import TypeVar, cast
 
 import pytest
@@ -50,6 +51,7 @@ from replicator.images.directory import ImageDirectory
 from replicator.private_directory import PrivateDirectory
 from replicator.receiver import CREDIT_BYTES, Receiver
 from replicator.sender import DiskToSend, Sender
+from replicator.sender_state import GroupMemory
 from replicator.sources.raw import RawSource
 from replicator.transport import tls
 from replicator.transport.accept import Acceptor, Handler
@@ -128,16 +130,26 @@ class Peer:
         return await self.expect(Welcome)
 
     async def open(
-        self, disks: dict[str, int], group: str = "group", epoch: bytes = EPOCH, mode: Mode = Mode.FULL
+        self,
+        disks: dict[str, int],
+        group: str = "group",
+        epoch: bytes = EPOCH,
+        mode: Mode = Mode.FULL,
+        parent: bytes = NO_ID,
     ) -> Opened:
-        self.ask(disks, group, epoch, mode)
+        self.ask(disks, group, epoch, mode, parent)
         return await self.expect(Opened)
 
     def ask(
-        self, disks: dict[str, int], group: str = "group", epoch: bytes = EPOCH, mode: Mode = Mode.FULL
+        self,
+        disks: dict[str, int],
+        group: str = "group",
+        epoch: bytes = EPOCH,
+        mode: Mode = Mode.FULL,
+        parent: bytes = NO_ID,
     ) -> None:
         wanted = tuple(OpenDisk(name, size) for name, size in disks.items())
-        self.send(Open(group, b"", epoch, NO_ID, mode, Consistency.FUZZY, 0, wanted))
+        self.send(Open(group, b"", epoch, parent, mode, Consistency.FUZZY, 0, wanted))
 
     async def attach(self, session: bytes) -> None:
         self.send(Attach(session))
@@ -212,13 +224,22 @@ class Site:
 class Target:
     """A master target that listens. `path/disks` is its datastore. Made by `target`."""
 
-    def __init__(self, path: Path, workers: Workers, files: Files, credit_bytes: int, thin: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        workers: Workers,
+        files: Files,
+        credit_bytes: int,
+        thin: bool,
+        retention_files: Files,
+    ) -> None:
+        self._root = path
         self.path = path / "disks"
         self.path.mkdir(parents=True, exist_ok=True)
         self.site = Site(path / "retention")
         self.workers = workers
         self.images = ImageDirectory(
-            files, self.path, PrivateDirectory(Files(), path / "retention"), thin=thin
+            files, self.path, PrivateDirectory(retention_files, path / "retention"), thin=thin
         )
         seed = self.site.authority.hash_seed
         self.receiver = Receiver(self.images, workers, seed, identify, credit_bytes)
@@ -247,10 +268,12 @@ class Target:
         await peer.attach(opened.session)
         return peer
 
-    async def session(self, server: ProcessServer, disks: dict[str, int]) -> tuple[Peer, Peer, Opened]:
+    async def session(
+        self, server: ProcessServer, disks: dict[str, int], epoch: bytes = EPOCH, mode: Mode = Mode.FULL
+    ) -> tuple[Peer, Peer, Opened]:
         """Control stream, one data stream, and what OPENED said."""
         control = await self.greeted(server)
-        opened = await control.open(disks)
+        opened = await control.open(disks, epoch=epoch, mode=mode)
         return control, await self.attached(server, opened), opened
 
     def frame(self, opened: Opened, start: int, data: bytes, disk: int = 0, level: int = 0) -> DataFrame:
@@ -262,7 +285,7 @@ class Target:
             [Extent(start, len(data))],
             memoryview(data),
             new_compressor(level) if level else None,
-            self.receiver.seed,
+            self.receiver.parts.seed,
         )
 
     def zeros(self, opened: Opened, start: int, end: int) -> DataFrame:
@@ -274,7 +297,7 @@ class Target:
             [Extent(start, end - start, True)],
             memoryview(b""),
             None,
-            self.receiver.seed,
+            self.receiver.parts.seed,
         )
 
     def dial(self, server: ProcessServer) -> Callable[[], "asyncio.Future[Stream]"]:
@@ -282,14 +305,27 @@ class Target:
             dial, self.address, server.context, Role.SENDER, server_name=self.site.name, clock=Clock()
         )
 
-    def sender(self, server: ProcessServer, *, level: int = 1, streams: int = 2) -> Sender:
-        return Sender(self.dial(server), self.workers, FixedLevel(level), streams)
+    def memory(self, group: str = "group", state: str = "state") -> GroupMemory:
+        """What a process server remembers of a group, below `state`."""
+        return memory(self._root / state, group, self.site.authority.pin)
+
+    def sender(
+        self, server: ProcessServer, *, level: int = 1, streams: int = 2, memory: GroupMemory | None = None
+    ) -> Sender:
+        """A sender with this memory; without one, with a memory of its own."""
+        remembered = memory or self.memory(state=f"state-{token_hex(4)}")
+        return Sender(self.dial(server), self.workers, FixedLevel(level), remembered, streams)
 
     def flat(self, name: str) -> bytes:
         return (self.path / f"{name}-flat.vmdk").read_bytes()
 
     def sidecar(self, name: str) -> str:
         return (self.path / f"{name}.replica.json").read_text()
+
+
+def memory(state: Path, group: str = "group", pin: bytes = bytes(32)) -> GroupMemory:
+    """What is remembered of a group below a state directory."""
+    return GroupMemory(PrivateDirectory(Files(), state), pin, group)
 
 
 async def call(address: Address, context: ssl.SSLContext, name: str, source: str = "127.0.0.1") -> Peer:
@@ -307,10 +343,11 @@ async def target(
     credit_bytes: int = CREDIT_BYTES,
     thin: bool = True,
     threads: int = 2,
+    retention_files: Files | None = None,
 ) -> AsyncIterator[Target]:
     """A master target for the time of a test; connections made through it are cut at the end."""
     with Workers(threads) as workers:
-        made = Target(path, workers, files or Files(), credit_bytes, thin)
+        made = Target(path, workers, files or Files(), credit_bytes, thin, retention_files or Files())
         made.address = await made.acceptor.start(LOOPBACK)
         try:
             async with asyncio.timeout(HANGS_S):

@@ -135,6 +135,9 @@ class Scattered:
             position += extent.length
             self.read += extent.length
 
+    async def fingerprint(self) -> str:
+        return ""
+
     async def changed(self) -> bool:
         return False
 

@@ -215,7 +215,7 @@ def test_geometry_follows_adapter_and_size(adapter: Adapter, size: int, expected
         (b"hello\n", "vmdk.malformed"),
         (b"\x7fELF\0\0", "vmdk.malformed"),
         (FLAT + b"#" * DESCRIPTOR_MAX_BYTES, "vmdk.malformed"),
-        (FLAT + b"\0", "vmdk.malformed"),
+        (FLAT[:30] + b"\0" + FLAT[30:], "vmdk.malformed"),
         (FLAT.replace(b"version=1\n", b""), "vmdk.malformed"),
         (FLAT.replace(b"CID=fffffffe\n", b"", 1), "vmdk.malformed"),
         (FLAT.replace(b"CID=fffffffe", b"CID=xyz"), "vmdk.malformed"),
@@ -310,3 +310,9 @@ def test_whatever_the_content_it_is_read_or_refused(seed: int, count: Callable[[
 def test_random_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(VmdkError):
         parse(content, "x")
+
+
+def test_zeros_behind_the_text_are_padding() -> None:
+    """As qemu-img leaves them: it sets the content id in whole sectors."""
+    assert render(parse(FLAT.ljust(512, b"\0"), "disk.vmdk")) == FLAT
+    assert render(parse(FLAT + b"\0", "disk.vmdk")) == FLAT

@@ -12,19 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.messages import OpenDisk
+from protocol.messages import NO_ID, Consistency, Mode, Open, OpenDisk
 from protocol.payload import Extent
 from replicator.errors import PeerError, SpaceError, StateError, TargetError
 from replicator.files import Files
-from replicator.images.directory import (
-    NAME_MAX_BYTES,
-    Catalogue,
-    Entry,
-    ImageDirectory,
-    OpenedGroup,
-    admit,
-    check_disk,
-)
+from replicator.images.directory import NAME_MAX_BYTES, ImageDirectory, OpenedGroup, check_disk
 from replicator.private_directory import PrivateDirectory
 from tests.faulty_files import FaultyFiles
 from tests.replicator.pipeline import descriptors, ends
@@ -52,13 +44,16 @@ class Store:
         owner: str = "ps-1",
         group: str = "web",
         epoch: bytes = EPOCH,
+        parent: bytes = NO_ID,
         size: int = SIZE,
         files: Files | None = None,
         thin: bool = True,
     ) -> Iterator[tuple[ImageDirectory, OpenedGroup]]:
         with self.directory(files, thin=thin) as directory:
-            disks = [OpenDisk(name, size) for name in names]
-            opened = directory.open_group(owner, group, epoch, disks)
+            disks = tuple(OpenDisk(name, size) for name in names)
+            mode = Mode.RESYNC if parent == NO_ID else Mode.INCREMENTAL
+            wanted = Open(group, b"", epoch, parent, mode, Consistency.FUZZY, 0, disks)
+            opened = directory.open_group(owner, wanted)
             try:
                 yield directory, opened
             finally:
@@ -96,11 +91,16 @@ def test_a_descriptor_appears_only_when_the_epoch_is_sealed(store: Store) -> Non
             "disk": 1,
             "epoch": EPOCH.hex(),
             "state": "dirty",
+            "cid": "00000000",
+            "modified_ns": 0,
         }
         opened.disks[0].image.write([Extent(0, 512)], memoryview(b"x" * 512))
         directory.seal(opened)
     assert store.names() == ["os-flat.vmdk", "os.replica.json", "os.vmdk"]
-    assert store.sidecar("os")["state"] == "clean"
+    sealed = store.sidecar("os")
+    assert (sealed["state"], sealed["epoch"]) == ("clean", EPOCH.hex())
+    assert f"CID={sealed['cid']}" in (store.path / "os.vmdk").read_text()
+    assert sealed["modified_ns"] == (store.path / "os-flat.vmdk").stat().st_mtime_ns
     assert mode_of(store.path / "os.replica.json") == 0o644
     assert (store.path / "os-flat.vmdk").read_bytes() == b"x" * 512 + bytes(SIZE - 512)
 
@@ -109,9 +109,11 @@ def test_the_next_epoch_marks_it_dirty_and_keeps_disk_number_and_content(store: 
     with store.group("os") as (directory, opened):
         opened.disks[0].image.write([Extent(0, 512)], memoryview(b"x" * 512))
         directory.seal(opened)
+    sealed = store.sidecar("os")
     with store.group("os", epoch=LATER) as (directory, again):
-        assert (again.disks[0].number, again.epoch_number) == (1, 2)
-        assert store.sidecar("os") == {**store.sidecar("os"), "state": "dirty", "epoch": LATER.hex()}
+        assert (again.disks[0].number, again.epochs.number) == (1, 2)
+        dirty = {"state": "dirty", "epoch": LATER.hex(), "modified_ns": 0}
+        assert store.sidecar("os") == {**sealed, **dirty}
         assert not again.disks[0].image.blank
     assert (store.path / "os-flat.vmdk").read_bytes()[:512] == b"x" * 512
 
@@ -151,6 +153,127 @@ def test_what_is_sealed_is_a_vmdk_for_others(store: Store) -> None:
         assert json.loads(said.stdout)["virtual-size"] == SIZE
 
 
+# ------------------------------------------------------------------ what an epoch has to say
+
+
+def mode_after(store: Store, *names: str, epoch: bytes = LATER) -> Mode:
+    """What the next epoch has to say, of a sender that knows what differs from EPOCH."""
+    with store.group(*names, epoch=epoch, parent=EPOCH) as (_, opened):
+        return opened.epochs.mode
+
+
+def write_over(store: Store) -> None:
+    with (store.path / "a-flat.vmdk").open("r+b") as file:
+        file.write(b"x")
+    touch(store)
+
+
+def touch(store: Store) -> None:
+    found = (store.path / "a-flat.vmdk").stat()
+    os.utime(store.path / "a-flat.vmdk", ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+
+
+def other_content_id(store: Store) -> None:
+    """As ESXi does at the first write after a power-on."""
+    path = store.path / "a.vmdk"
+    path.write_text(path.read_text().replace(f"CID={store.sidecar('a')['cid']}", "CID=12345678"))
+
+
+def edit_sidecar(**fields: object) -> Callable[[Store], None]:
+    def edit(store: Store) -> None:
+        path = store.path / "a.replica.json"
+        path.write_text(json.dumps(store.sidecar("a") | fields))
+
+    return edit
+
+
+def lose_retention(store: Store) -> None:
+    for name in store.retention.names():
+        (store.retention.path / name).unlink()
+
+
+def remove_image(store: Store) -> None:
+    for path in store.path.glob("a*"):
+        path.unlink()
+
+
+DOUBTS: dict[str, tuple[Callable[[Store], object], Mode]] = {
+    "nothing happened": (lambda store: None, Mode.INCREMENTAL),
+    "somebody wrote to it": (write_over, Mode.RESYNC),
+    "its time changed": (touch, Mode.RESYNC),
+    "its content id changed": (other_content_id, Mode.RESYNC),
+    "no sidecar": (lambda store: (store.path / "a.replica.json").unlink(), Mode.RESYNC),
+    "a damaged sidecar": (lambda store: (store.path / "a.replica.json").write_text("{"), Mode.RESYNC),
+    "a dirty sidecar": (edit_sidecar(state="dirty"), Mode.RESYNC),
+    "another's sidecar": (edit_sidecar(owner="ps-2"), Mode.RESYNC),
+    "another disk's sidecar": (edit_sidecar(disk=7), Mode.RESYNC),
+    "another epoch's sidecar": (edit_sidecar(epoch="ff" * 16), Mode.RESYNC),
+    "retention lost": (lose_retention, Mode.RESYNC),
+    "the image is gone": (remove_image, Mode.RESYNC),
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_the_difference_alone_is_enough_only_without_any_doubt(store: Store, doubt: str) -> None:
+    happens, expected = DOUBTS[doubt]
+    store.seal("a", "b")
+    happens(store)
+    with store.group("a", "b", epoch=LATER, parent=EPOCH) as (directory, opened):
+        assert opened.epochs.mode is expected
+        assert [disk.durable.intervals() for disk in opened.disks] == [(), ()]
+        directory.seal(opened)
+    with store.group("a", "b", epoch=EPOCH[:1] * 16, parent=LATER) as (_, opened):  # and all is well again
+        assert opened.epochs.mode is Mode.INCREMENTAL
+
+
+def test_a_disk_that_joins_a_group_has_both_sides_compare(store: Store) -> None:
+    store.seal("a")
+    with store.group("a", "new", epoch=LATER, parent=EPOCH) as (directory, opened):
+        assert opened.epochs.mode is Mode.RESYNC
+        directory.seal(opened)
+    assert mode_after(store, "a", "new", epoch=EPOCH[::-1]) is Mode.RESYNC  # it compares with what is old
+    assert (store.path / "new.vmdk").exists()
+
+
+def test_an_epoch_under_way_goes_on_with_what_its_journal_holds(store: Store) -> None:
+    store.seal("a", "b")
+    with store.group("a", "b", epoch=LATER, parent=EPOCH) as (_, begun):
+        assert begun.journal is not None
+        begun.journal.append([(1, 0, 65536), (2, 65536, SIZE)])
+    with store.group("a", "b", epoch=LATER) as (_, again):
+        assert again.epochs == begun.epochs  # number and mode, though the sender knows no parent any more
+        assert [disk.durable.intervals() for disk in again.disks] == [((0, 65536),), ((65536, SIZE),)]
+    with store.group("a", "b", epoch=EPOCH[::-1]) as (_, other):
+        assert other.epochs.number > begun.epochs.number
+        assert [disk.durable.intervals() for disk in other.disks] == [(), ()]
+    names = [name for name in store.retention.names() if name.endswith(".coverage")]
+    assert names == [f"epoch-{other.epochs.number}.coverage"]
+
+
+@pytest.mark.parametrize("doubt", [edit_sidecar(epoch="ff" * 16), other_content_id, lose_retention])
+def test_what_a_journal_says_of_an_image_that_is_no_longer_the_same_is_not_believed(
+    store: Store, doubt: Callable[[Store], None]
+) -> None:
+    store.seal("a")
+    with store.group("a", epoch=LATER) as (_, begun):
+        assert begun.journal is not None
+        begun.journal.append([(1, 0, SIZE)])
+    doubt(store)
+    with store.group("a", epoch=LATER) as (_, again):
+        assert again.disks[0].durable.intervals() == ()
+
+
+def test_a_sealed_epoch_is_opened_whole_and_sealed_again_without_a_change(store: Store) -> None:
+    first = store.seal("a", "b")
+    before = store.sidecar("a"), store.catalogue(), store.retention.names()
+    again = store.seal("a", "b")
+    assert again.journal is None and again.epochs.number == first.epochs.number
+    assert [disk.durable.intervals() for disk in again.disks] == [((0, SIZE),)] * 2
+    assert (store.sidecar("a"), store.catalogue(), store.retention.names()) == before
+    touch(store)
+    assert store.seal("a", "b").journal is not None  # not whole: somebody may have written to it
+
+
 # ------------------------------------------------------------------ numbers and owners
 
 
@@ -166,11 +289,13 @@ def test_numbers_are_given_in_order_and_never_again(store: Store) -> None:
     assert store.catalogue()["next_number"] == 4
 
 
-def test_every_open_has_an_epoch_number_of_its_own(store: Store) -> None:
-    assert [store.seal("a").epoch_number for _ in range(3)] == [1, 2, 3]
+def test_every_epoch_has_a_number_of_its_own(store: Store) -> None:
+    epochs = [bytes([number]) * 16 for number in range(1, 5)]
+    assert [store.seal("a", epoch=epoch).epochs.number for epoch in epochs[:3]] == [1, 2, 3]
     with ends(PeerError, "disk.bad_size"), store.group("b", size=100):
         pass
-    assert store.seal("a").epoch_number == 4
+    assert store.seal("a", epoch=epochs[3]).epochs.number == 4
+    assert store.seal("x", group="mail").epochs.number == 5
 
 
 def test_disks_are_answered_in_the_order_they_were_asked_for(store: Store) -> None:
@@ -431,13 +556,6 @@ def test_a_damaged_catalogue_is_told_and_left_alone(store: Store, damage: Callab
         pass
     assert str(path) in caught.value.message
     assert path.read_text() == damaged and (store.names(), store.sidecar("a")) == before
-
-
-def test_admitting_changes_nothing_that_was_given_out() -> None:
-    known = Catalogue(8, 5, (Entry(3, "web", "os", "ps-1"), Entry(7, "mail", "data", "ps-2")))
-    entries, updated = admit(known, "ps-1", "web", [OpenDisk("new", 512), OpenDisk("os", 512)])
-    assert [entry.number for entry in entries] == [8, 3]
-    assert updated == Catalogue(9, 6, (*known.disks, Entry(8, "web", "new", "ps-1")))
 
 
 # ------------------------------------------------------------------ the directory itself

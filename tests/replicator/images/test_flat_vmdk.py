@@ -241,6 +241,15 @@ def test_a_disk_has_one_writer_at_a_time(dir_fd: int) -> None:
     FlatVmdk.open_published(Files(), dir_fd, "disk").close()
 
 
+def test_two_writers_of_one_disk_are_refused(folder: Path, dir_fd: int) -> None:
+    image = FlatVmdk.create(Files(), dir_fd, "disk", MIB)
+    assert code_of(lambda: FlatVmdk.open_unpublished(Files(), dir_fd, "disk", MIB)) == "target.in_use"
+    image.publish(cid=1)
+    assert code_of(lambda: FlatVmdk.open_published(Files(), dir_fd, "disk")) == "target.in_use"
+    image.close()
+    FlatVmdk.open_published(Files(), dir_fd, "disk").close()
+
+
 @pytest.mark.parametrize("planted", ["disk-flat.vmdk", "disk.vmdk"])
 @pytest.mark.parametrize("kind", ["symlink", "dangling", "fifo", "folder", "device"])
 def test_nothing_but_a_regular_file_is_opened(

@@ -1,0 +1,212 @@
+"""What of a disk has to be said: windows of a source, and what in them differs from what the target holds.
+
+A window is some 16 MiB of data with the holes in between. In a full epoch all of it is said. Otherwise its
+digests are compared, with the map of the epoch before or with those that the target tells, and only blocks
+that differ are; in those, digests of 4 KiB decide once more (``packing.py``). Not here: frames and streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from protocol.constants import MIB
+from protocol.messages import DIGEST_INTERVALS_MAX, Interval
+from protocol.payload import Extent
+from replicator.buffers import BufferPool
+from replicator.digest import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    FINE_BYTES,
+    Digester,
+    differing,
+    zero_row,
+)
+from replicator.extents import Coverage, Cutter, Piece
+from replicator.sources.base import Source
+from replicator.workers import Workers
+
+WINDOW_DATA_BYTES = 16 * MIB
+WINDOW_SPAN_BYTES = 4096 * MIB  # of holes; 1 MiB of digests
+SCAN_BYTES = MIB
+
+Ask = Callable[[Sequence[Interval], int], Awaitable[bytes]]
+"""(intervals, block size) -> the target's digests of all their blocks, in order."""
+
+
+class Window(NamedTuple):
+    """A stretch of a disk and the touching extents that fill it."""
+
+    cover: Interval
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What of a window is to be said.
+
+    Attributes:
+        pieces: for frames; their covers fill the window.
+        fine: the target's digests of 4 KiB in blocks that differ, by the block's offset.
+        equal: digests of the blocks that need not be said.
+        matched_bytes: size of these.
+    """
+
+    pieces: tuple[Piece, ...]
+    fine: dict[int, bytes]
+    equal: Digester
+    matched_bytes: int
+
+
+async def windows(source: Source, done: Coverage) -> AsyncIterator[Window]:
+    """The windows of a disk, of what ``done`` does not cover; made as they are consumed."""
+    for gap in list(done.gaps(0, source.size_bytes)):
+        extents: list[Extent] = []
+        data = 0
+        async for found in source.extents(gap.start):
+            position, end = found.offset, min(found.end, gap.end)
+            while position < end:
+                span = position - extents[0].offset if extents else 0
+                room = WINDOW_SPAN_BYTES - span if found.zero else WINDOW_DATA_BYTES - data
+                stop = min(end, _bound(position, room))
+                extents.append(Extent(position, stop - position, found.zero))
+                data += 0 if found.zero else stop - position
+                position = stop
+                full = data >= WINDOW_DATA_BYTES or stop - extents[0].offset >= WINDOW_SPAN_BYTES
+                if full and stop % BLOCK_BYTES == 0:
+                    yield _window(extents)
+                    extents, data = [], 0
+            if found.end >= gap.end:
+                break
+        if extents:
+            yield _window(extents)
+
+
+def everything(window: Window) -> Difference:
+    """All of a window is said: the target holds nothing that counts."""
+    return Difference(tuple(_pieces(window, [window.cover])), {}, Digester(0), 0)
+
+
+async def compared(
+    window: Window,
+    source: Source,
+    theirs: Callable[[Interval], Awaitable[bytes]],
+    ask: Ask,
+    pool: BufferPool,
+    workers: Workers,
+    seed: int,
+) -> Difference:
+    """What of a window differs from the row of digests that ``theirs`` gives for it.
+
+    Raises:
+        SourceError: it cannot be read. Whatever ``theirs`` and ``ask`` raise.
+    """
+    row = await theirs(window.cover)
+    ours = await _digested(window, source, pool, workers, seed)
+    start, end = window.cover
+    said = list(differing(ours, row, start, end))
+    said_bytes = sum(stop - begin for begin, stop in said)
+    fine: dict[int, bytes] = {}
+    close = _holding_data(window, said) if 2 * said_bytes <= end - start else []
+    if 0 < len(close) <= DIGEST_INTERVALS_MAX:
+        fine = dict(_by_block(close, await ask(close, FINE_BYTES)))
+    return Difference(
+        tuple(_pieces(window, said)), fine, _equal(ours, window.cover, said), end - start - said_bytes
+    )
+
+
+async def _digested(window: Window, source: Source, pool: BufferPool, workers: Workers, seed: int) -> bytes:
+    """The digests of a window's blocks, read from the source."""
+    digester = Digester(seed)
+    digester.at(window.cover.start)
+    buffer = pool.take(SCAN_BYTES)
+    try:
+        for extent in window.extents:
+            if extent.zero:
+                digester.zero(extent.length)
+                continue
+            for offset in range(extent.offset, extent.end, SCAN_BYTES):
+                view = buffer.view[: min(SCAN_BYTES, extent.end - offset)]
+                await source.read_into([Extent(offset, len(view))], view)
+                await workers.run(digester.data, view)
+    finally:
+        pool.give(buffer)
+    digester.finish()
+    row = bytearray(zero_row(window.cover, source.size_bytes, seed))
+    for start, digests in digester.rows:
+        at = (start - window.cover.start) // BLOCK_BYTES * DIGEST_BYTES
+        row[at : at + len(digests)] = digests
+    return bytes(row)
+
+
+def _bound(position: int, room: int) -> int:
+    """The last end of a block within ``room``, at least the next one: a window ends with a block."""
+    behind = position + max(room, 0)
+    return max(behind - behind % BLOCK_BYTES, position + BLOCK_BYTES - position % BLOCK_BYTES)
+
+
+def _window(extents: Sequence[Extent]) -> Window:
+    return Window(Interval(extents[0].offset, extents[-1].end), tuple(extents))
+
+
+def _pieces(window: Window, said: Sequence[Interval]) -> Iterator[Piece]:
+    """Pieces that say the intervals and cover the rest of the window without a word."""
+    cutter = Cutter()
+    position = window.cover.start
+    extents = iter(window.extents)
+    extent = next(extents, None)
+    for start, end in said:
+        if position < start:
+            cutter.skip(position, start)
+        while extent is not None and extent.offset < end:
+            first, behind = max(extent.offset, start), min(extent.end, end)
+            if first < behind:
+                yield from cutter.add(Extent(first, behind - first, extent.zero))
+            if extent.end > end:
+                break
+            extent = next(extents, None)
+        position = end
+    if position < window.cover.end:
+        cutter.skip(position, window.cover.end)
+    yield from cutter.finish()
+
+
+def _equal(ours: bytes, cover: Interval, said: Sequence[Interval]) -> Digester:
+    """The digests of a window's blocks outside the intervals."""
+    found = Digester(0)
+    position = cover.start
+    for start, end in [*said, Interval(cover.end, cover.end)]:
+        if position < start:
+            first = (position - cover.start) // BLOCK_BYTES * DIGEST_BYTES
+            behind = -(-(start - cover.start) // BLOCK_BYTES) * DIGEST_BYTES
+            found.rows.append((position, ours[first:behind]))
+        position = end
+    return found
+
+
+def _holding_data(window: Window, said: Sequence[Interval]) -> list[Interval]:
+    """The blocks of the intervals in which the source has data: zeros are said without a second look."""
+    data = Coverage()
+    for extent in window.extents:
+        if not extent.zero:
+            behind = extent.end + -extent.end % BLOCK_BYTES
+            data.add(extent.offset - extent.offset % BLOCK_BYTES, min(behind, window.cover.end))
+    found = []
+    for start, end in said:
+        position = start
+        for gap in (*data.gaps(start, end), Interval(end, end)):
+            if position < gap.start:
+                found.append(Interval(position, gap.start))
+            position = gap.end
+    return found
+
+
+def _by_block(intervals: Sequence[Interval], digests: bytes) -> Iterator[tuple[int, bytes]]:
+    """A row of digests of 4 KiB, by block of 64 KiB."""
+    at = 0
+    for start, end in intervals:
+        for offset in range(start, end, BLOCK_BYTES):
+            size = -(-min(BLOCK_BYTES, end - offset) // FINE_BYTES) * DIGEST_BYTES
+            yield offset, digests[at : at + size]
+            at += size

@@ -1,0 +1,79 @@
+"""The small file beside each VMDK that says whose it is, which epoch it holds, and whether that is whole.
+
+``NAME.replica.json``, for people and for us. ``clean``: the disk holds exactly the epoch, and nobody has
+written to it since: its content id and the time of its last change are noted. ``dirty``: an epoch is under
+way; the disk is between two states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from replicator.failpoints import reach
+from replicator.files import Files, read_small_file, replace_file
+from replicator.images.opening import failure
+from replicator.private_directory import decode_record, encode_record
+
+_FIELDS = {
+    "version": int, "owner": str, "disk": int, "epoch": str, "state": str, "cid": str, "modified_ns": int
+}  # fmt: skip
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """What stands in it. ``modified_ns``: last change of the data as the epoch ended; 0 while it is under
+    way.
+    """
+
+    owner: str
+    disk: int
+    epoch: bytes
+    clean: bool
+    cid: int
+    modified_ns: int
+
+
+def sidecar_name(disk: str) -> str:
+    """File name of a disk's sidecar."""
+    return f"{disk}.replica.json"
+
+
+def read_sidecar(files: Files, dir_fd: int, disk: str) -> Sidecar | None:
+    """A disk's sidecar; None where there is none that holds: the disk is then as good as unknown."""
+    try:
+        record = decode_record(read_small_file(files, dir_fd, sidecar_name(disk)), _FIELDS)
+        return Sidecar(
+            record["owner"],
+            record["disk"],
+            bytes.fromhex(record["epoch"]),
+            record["state"] == "clean" and record["version"] == _VERSION,
+            int(record["cid"], 16),
+            record["modified_ns"],
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def write_sidecar(files: Files, dir_fd: int, disk: str, sidecar: Sidecar) -> None:
+    """Replace a disk's sidecar, durably.
+
+    Raises:
+        TargetError, SpaceError: as ``opening.failure`` says.
+    """
+    record = {
+        "version": _VERSION,
+        "owner": sidecar.owner,
+        "disk": sidecar.disk,
+        "epoch": sidecar.epoch.hex(),
+        "state": "clean" if sidecar.clean else "dirty",
+        "cid": f"{sidecar.cid:08x}",
+        "modified_ns": sidecar.modified_ns,
+    }
+    name = sidecar_name(disk)
+    reach("sidecar.before_mark")
+    try:
+        replace_file(files, dir_fd, name, encode_record(record), mode=0o644)
+    except OSError as error:
+        raise failure(error, "target.write_failed", f"cannot write {name}") from error
+    reach("sidecar.marked")

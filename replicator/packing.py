@@ -1,0 +1,115 @@
+"""Makes the frame of a piece: what turns out to be zero or equal is left out, the rest is hashed and
+compressed.
+
+Pure but for the memory that it is given; runs in worker threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from xxhash import xxh3_128_digest
+from zstandard import ZstdCompressor
+
+from protocol.payload import DataFrame, Extent, build
+from replicator.buffers import Buffer, zero_runs
+from replicator.digest import BLOCK_BYTES, DIGEST_BYTES, FINE_BYTES, Digester
+from replicator.extents import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A frame, the digests of the blocks that it is about, and the buffer that its payload may lie in."""
+
+    frame: DataFrame
+    digests: Digester
+    matched_bytes: int
+    buffer: Buffer | None
+
+
+def pack(
+    disk: int,
+    epoch: int,
+    piece: Piece,
+    buffer: Buffer,
+    compressor: ZstdCompressor | None,
+    seed: int,
+    theirs: Mapping[int, bytes],
+) -> Packed:
+    """The frame of a piece whose data lies in ``buffer``, extent after extent.
+
+    Args:
+        disk, epoch: their numbers. piece: what it is about. buffer: moved together in place: blocks of zeros
+        and of equal content leave it. compressor: None for raw. seed: of hashes and digests. theirs: what the
+        target holds: digests of 4 KiB for blocks of 64 KiB, by the block's offset; may be empty.
+    """
+    said: list[Extent] = []
+    matched = position = kept = 0
+    digests = _digests(piece, buffer, seed)
+    for extent in piece.extents:
+        if extent.zero:
+            said.append(extent)
+            continue
+        for run in zero_runs(buffer, position, position + extent.length):
+            shift = extent.offset - position
+            if run.zero:
+                said.append(Extent(run.start + shift, run.end - run.start, zero=True))
+                continue
+            for first, end in _unequal(buffer, run.start, run.end, shift, seed, theirs):
+                said.append(Extent(first + shift, end - first))
+                if first != kept:
+                    buffer.view[kept : kept + end - first] = buffer.view[first:end]
+                kept += end - first
+                matched -= end - first
+            matched += run.end - run.start
+        position += extent.length
+    frame = build(disk, epoch, piece.cover, said, buffer.view[:kept], compressor, seed)
+    lies_in_buffer = frame.header.raw_len and not frame.header.flags
+    return Packed(frame, digests, matched, buffer if lies_in_buffer else None)
+
+
+def _digests(piece: Piece, buffer: Buffer, seed: int) -> Digester:
+    digests = Digester(seed)
+    position = 0
+    for extent in piece.extents:
+        digests.at(extent.offset)
+        if extent.zero:
+            digests.zero(extent.length)
+        else:
+            digests.data(buffer.view[position : position + extent.length])
+            position += extent.length
+    digests.finish()
+    return digests
+
+
+def _unequal(
+    buffer: Buffer, start: int, end: int, shift: int, seed: int, theirs: Mapping[int, bytes]
+) -> Iterator[tuple[int, int]]:
+    """The parts of bytes [start, end) of a buffer that differ from what the target holds, neighbours joined.
+
+    Byte ``start`` of the buffer is byte ``start + shift`` of the disk.
+    """
+    if not theirs:
+        yield start, end
+        return
+    first: int | None = None
+    position = start
+    while position < end:
+        offset = position + shift
+        behind = min(end, position + FINE_BYTES - offset % FINE_BYTES)
+        row = theirs.get(offset - offset % BLOCK_BYTES)
+        at = offset % BLOCK_BYTES // FINE_BYTES * DIGEST_BYTES
+        equal = (
+            row is not None
+            and offset % FINE_BYTES == 0
+            and xxh3_128_digest(buffer.view[position:behind], seed) == row[at : at + DIGEST_BYTES]
+        )
+        if equal and first is not None:
+            yield first, position
+            first = None
+        elif not equal and first is None:
+            first = position
+        position = behind
+    if first is not None:
+        yield first, end

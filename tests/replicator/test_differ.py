@@ -1,0 +1,286 @@
+"""Windows cover exactly what is missing, and what is said of them makes the target equal to the source."""
+
+import itertools
+import random
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.constants import MIB, SECTOR_BYTES
+from protocol.messages import DIGEST_INTERVALS_MAX, Interval
+from protocol.payload import Extent, new_decompressor, unpack
+from replicator import differ
+from replicator.buffers import BufferPool
+from replicator.differ import Difference, Window, compared, everything, windows
+from replicator.digest import BLOCK_BYTES, DIGEST_BYTES, FINE_BYTES, digests_of
+from replicator.extents import Coverage
+from replicator.packing import pack
+from replicator.workers import Workers
+
+SEED = 7
+GIB = 1024 * MIB
+
+
+@dataclass
+class ModelSource:
+    """A source with just these extents, over content that may be left out (`None`: nothing is read)."""
+
+    found: Sequence[Extent]
+    content: bytes | None = None
+    name: str = "model"
+    size_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.size_bytes = self.found[-1].end
+
+    async def extents(self, start: int = 0) -> AsyncIterator[Extent]:
+        for extent in self.found:
+            if extent.end > start:
+                first = max(extent.offset, start)
+                yield Extent(first, extent.end - first, extent.zero)
+
+    async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+        assert self.content is not None
+        view[:] = b"".join(self.content[extent.offset : extent.end] for extent in extents)
+
+    async def fingerprint(self) -> str:
+        return "same"
+
+    async def changed(self) -> bool:
+        return False
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    with Workers(2) as made:
+        yield made
+
+
+def touching(lengths: Sequence[tuple[int, bool]]) -> list[Extent]:
+    found, position = [], 0
+    for sectors, zero in lengths:
+        found.append(Extent(position, sectors * SECTOR_BYTES, zero))
+        position = found[-1].end
+    return found
+
+
+def block_coverage(blocks: Sequence[tuple[int, int]], size: int) -> Coverage:
+    done = Coverage()
+    for first, count in blocks:
+        start, end = first * BLOCK_BYTES, min((first + count) * BLOCK_BYTES, size)
+        if start < end:
+            done.add(start, end)
+    return done
+
+
+async def all_windows(source: ModelSource, done: Coverage) -> list[Window]:
+    return [window async for window in windows(source, done)]
+
+
+def check_windows(source: ModelSource, done: Coverage, found: list[Window]) -> None:
+    covered = Coverage()
+    for window in found:
+        position = window.cover.start
+        assert position % BLOCK_BYTES == 0
+        assert window.cover.end % BLOCK_BYTES == 0 or window.cover.end == source.size_bytes
+        for extent in window.extents:
+            assert extent.offset == position
+            assert extent.length > 0
+            position = extent.end
+        assert position == window.cover.end
+        assert not any(covered.relation(*window.cover).value == known for known in ("covered", "partial"))
+        covered.add(*window.cover)
+        data = sum(extent.length for extent in window.extents if not extent.zero)
+        assert data <= differ.WINDOW_DATA_BYTES + BLOCK_BYTES
+        assert position - window.cover.start <= differ.WINDOW_SPAN_BYTES + BLOCK_BYTES
+    assert covered.intervals() == tuple(done.gaps(0, source.size_bytes))
+    kinds = {extent.end: extent.zero for window in found for extent in window.extents}
+    truth = Coverage([(extent.offset, extent.end) for extent in source.found if extent.zero])
+    for end, zero in kinds.items():
+        assert (truth.relation(end - SECTOR_BYTES, end).value == "covered") is zero
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 7, 128, 129, 5_000, 70_000]), st.booleans()), min_size=1),
+    st.lists(st.tuples(st.integers(0, 2_000), st.integers(1, 300)), max_size=6),
+)
+async def test_windows_cover_exactly_the_gaps(
+    lengths: list[tuple[int, bool]], blocks: list[tuple[int, int]]
+) -> None:
+    source = ModelSource(touching(lengths))
+    done = block_coverage(blocks, source.size_bytes)
+    check_windows(source, done, await all_windows(source, done))
+
+
+@pytest.mark.parametrize(
+    ("shift", "data", "hole"), [(1, 128, 128), (8, 128, 128), (127, 128, 128), (0, 3, 4)]
+)
+async def test_extents_that_seldom_end_with_a_block_still_make_bounded_windows(
+    shift: int, data: int, hole: int
+) -> None:
+    pairs = 400_000 // (data + hole)
+    lengths = [(shift, False)] * bool(shift) + [(data, False), (hole, True)] * pairs
+    source = ModelSource(touching(lengths))
+    found = await all_windows(source, Coverage())
+    check_windows(source, Coverage(), found)
+    assert len(found) > 3
+
+
+async def test_a_hole_of_2_tib_is_some_hundred_windows() -> None:
+    source = ModelSource([Extent(0, 2048 * GIB + SECTOR_BYTES, True)])
+    found = await all_windows(source, Coverage())
+    assert len(found) == 513
+    assert sum(end - start for start, end in (window.cover for window in found)) == source.size_bytes
+    assert all(not piece.raw_bytes for window in found for piece in everything(window).pieces)
+
+
+# ------------------------------------------------------------------ compared
+
+
+@dataclass
+class Model:
+    """What a target holds, and what it was asked."""
+
+    content: bytearray
+    asked: list[tuple[tuple[Interval, ...], int]] = field(default_factory=list)
+    said: Coverage = field(default_factory=Coverage)
+
+    async def theirs(self, cover: Interval) -> bytes:
+        return digests_of(memoryview(self.content[cover.start : cover.end]), SEED)
+
+    async def ask(self, intervals: Sequence[Interval], block: int) -> bytes:
+        assert 0 < len(intervals) <= DIGEST_INTERVALS_MAX
+        assert all(first.end < then.start for first, then in itertools.pairwise(intervals))
+        self.asked.append((tuple(intervals), block))
+        return b"".join(
+            digests_of(memoryview(self.content[start:end]), SEED, block) for start, end in intervals
+        )
+
+    def apply(self, source: ModelSource, difference: Difference, window: Window, pool: BufferPool) -> None:
+        covers = Coverage()
+        assert source.content is not None
+        for piece in difference.pieces:
+            assert covers.relation(*piece.cover).value == "new"
+            covers.add(*piece.cover)
+            buffer = pool.take(piece.raw_bytes)
+            wanted = [extent for extent in piece.extents if not extent.zero]
+            buffer.view[:] = b"".join(source.content[extent.offset : extent.end] for extent in wanted)
+            frame = pack(1, 1, piece, buffer, None, SEED, difference.fine).frame
+            body = memoryview(frame.table + bytes(frame.payload))
+            extents, raw = unpack(frame.header, body, None, new_decompressor(), SEED)
+            position = 0
+            for offset, length, zero in extents:
+                self.said.add(offset, offset + length)
+                self.content[offset : offset + length] = (
+                    bytes(length) if zero else raw[position : position + length]
+                )
+                position += 0 if zero else length
+        assert covers.intervals() == (window.cover,)
+
+
+def changed_disk(seed: int, sectors: int, share: float, hole_share: float) -> tuple[ModelSource, bytes]:
+    """A source of `sectors`, and the old content of its target, which differs in a share of 4 KiB blocks."""
+    rng = random.Random(seed)
+    size = sectors * SECTOR_BYTES
+    old = bytearray(rng.randbytes(size))
+    new, extents = bytearray(old), []
+    for start in range(0, size, FINE_BYTES):
+        end = min(start + FINE_BYTES, size)
+        hole = rng.random() < hole_share
+        if hole:
+            new[start:end] = bytes(end - start)
+            if rng.random() < 0.5:
+                old[start:end] = bytes(end - start)
+        elif rng.random() < share:
+            new[start + rng.randrange(end - start)] ^= 1
+        extents.append(Extent(start, end - start, hole))
+    return ModelSource(extents, bytes(new)), bytes(old)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.005, 0.2, 1.0])
+@pytest.mark.parametrize("hole_share", [0.0, 0.3])
+@pytest.mark.parametrize("sectors", [1, 8 * 1024 + 3, 40_000])
+async def test_target_and_what_is_said_make_the_source(
+    workers: Workers, seed: int, share: float, hole_share: float, sectors: int
+) -> None:
+    source, old = changed_disk(seed, sectors, share, hole_share)
+    new = source.content
+    assert new is not None
+    model, pool = Model(bytearray(old)), BufferPool(1 << 24)
+    rows, matched = bytearray(-(-len(new) // BLOCK_BYTES) * DIGEST_BYTES), 0
+    for window in await all_windows(source, Coverage()):
+        difference = await compared(window, source, model.theirs, model.ask, pool, workers, SEED)
+        for start, digests in difference.equal.rows:
+            at = start // BLOCK_BYTES * DIGEST_BYTES
+            rows[at : at + len(digests)] = digests
+        matched += difference.matched_bytes
+        model.apply(source, difference, window, pool)
+    assert model.content == new
+    truth = digests_of(memoryview(new), SEED)
+    for at in range(0, len(new), BLOCK_BYTES):
+        end = min(at + BLOCK_BYTES, len(new))
+        row = slice(at // BLOCK_BYTES * 16, at // BLOCK_BYTES * 16 + 16)
+        if old[at:end] == new[at:end]:
+            assert model.said.relation(at, end).value == "new", f"the equal block at {at} was said"
+            assert rows[row] == truth[row]
+            matched -= end - at
+        else:
+            assert not any(rows[row]), f"the differing block at {at} was called equal"
+    assert matched == 0
+
+
+async def test_few_differences_are_looked_at_twice_and_only_where_there_is_data(workers: Workers) -> None:
+    """A disk that was wiped at the source is said as zeros; the target need not read it in 4 KiB."""
+    size = 64 * BLOCK_BYTES
+    old = bytearray(random.Random(1).randbytes(size))
+    new = bytearray(old)
+    new[9 * BLOCK_BYTES] ^= 1
+    new[20 * BLOCK_BYTES : 30 * BLOCK_BYTES] = bytes(10 * BLOCK_BYTES)
+    hole = Extent(20 * BLOCK_BYTES, 10 * BLOCK_BYTES, True)
+    source = ModelSource([Extent(0, hole.offset), hole, Extent(hole.end, size - hole.end)], bytes(new))
+    model, pool = Model(old), BufferPool(1 << 24)
+    (window,) = await all_windows(source, Coverage())
+    difference = await compared(window, source, model.theirs, model.ask, pool, workers, SEED)
+    assert model.asked == [((Interval(9 * BLOCK_BYTES, 10 * BLOCK_BYTES),), FINE_BYTES)]
+    model.apply(source, difference, window, pool)
+    assert model.content == new
+
+
+async def test_several_differences_in_one_long_extent_are_all_said(workers: Workers) -> None:
+    old = bytearray(random.Random(1).randbytes(64 * BLOCK_BYTES + SECTOR_BYTES))
+    new = bytearray(old)
+    for block in (0, 9, 10, 40, 64):
+        new[block * BLOCK_BYTES + 7] ^= 1
+    source = ModelSource([Extent(0, len(new))], bytes(new))
+    model, pool = Model(old), BufferPool(1 << 24)
+    for window in await all_windows(source, Coverage()):
+        difference = await compared(window, source, model.theirs, model.ask, pool, workers, SEED)
+        model.apply(source, difference, window, pool)
+    assert model.content == new
+    assert model.said.covered_bytes == 4 * FINE_BYTES + SECTOR_BYTES
+
+
+async def test_memory_comes_back_when_the_source_fails(workers: Workers) -> None:
+    class Failing(ModelSource):
+        async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+            raise OSError
+
+    source, pool = Failing([Extent(0, MIB)]), BufferPool(1 << 24)
+    model = Model(bytearray(MIB))
+    with pytest.raises(OSError):
+        await compared(
+            Window(Interval(0, MIB), (Extent(0, MIB),)),
+            source,
+            model.theirs,
+            model.ask,
+            pool,
+            workers,
+            SEED,
+        )
+    assert pool.taken == 0
