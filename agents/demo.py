@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from asyncio import create_subprocess_exec, timeout
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from replicator.errors import Interrupted, PeerError, ReplicatorError, TargetError, UsageError
+from agents.demo_disk import change_disk, finished, make_disk
+from replicator.errors import Interrupted, PeerError, ReplicatorError, TargetError
 from replicator.files import Files
 from replicator.formats.vmdk import DESCRIPTOR_MAX_BYTES, parse
 from replicator.sources.raw import RawSource
 from replicator.verify import content_digest
 from replicator.workers import Workers
 
-DISK_BYTES = 256 * 1024 * 1024
-FILES_MAX_BYTES = 96 * 1024 * 1024
 START_S = 20.0
 STOP_S = 10.0
+KILLED_AT = "send.acknowledged:2"  # kill -9, as soon as the second ACK has come
 COMMAND = (sys.executable, "-m", "agents.cli")
 
 
@@ -37,7 +37,8 @@ class DemoReport:
 
     Attributes:
         source: the disk that was sent.
-        steps: what each ``send`` reported.
+        steps: what each ``send`` that reached its end reported.
+        kills: how many others were killed half-way.
         verified: source and VMDK hold the same bytes, by digest and (if it is there) by qemu-img.
         digest: SHA-256 of the source's content, as ``verify.content_digest`` makes it.
         qemu_img: ``identical``, ``different``, or ``not installed``.
@@ -47,6 +48,7 @@ class DemoReport:
 
     source: str
     steps: list[dict[str, Any]]
+    kills: int
     verified: bool
     digest: str
     qemu_img: str
@@ -68,19 +70,30 @@ async def demonstrate(source: Path | None, directory: Path | None, say: Callable
     began = time.monotonic()
     with Workers() as workers:
         directory = await workers.run(_make_directory, directory)
+        own = source is None
         if source is None:
             say("making a disk: ext4 with real files")
-            source = await _make_disk(directory, workers)
+            source = await make_disk(directory, workers)
         async with _receiving(directory) as (address, token):
-            say(f"receiving on {address} into {directory}; sending {source}")
-            step = await _send(source, directory, address, token)
+            say(f"receiving on {address} into {directory}")
+            say(f"sending {source}, and killing the sender in the middle")
+            killed = await _send(source, directory, address, token, failpoint=KILLED_AT)
+            steps = [] if killed is None else [killed]
+            say("sending again: it goes on where it was" if killed is None else "sending again")
+            steps += [await _sent(source, directory, address, token)]
+            if own:
+                say("changing files on the disk")
+                await change_disk(source, workers)
+            say("sending the difference")
+            steps += [await _sent(source, directory, address, token)]
         say("comparing source and VMDK")
-        vmdk = directory / step["vmdk"]
+        vmdk = directory / steps[-1]["vmdk"]
         ours, theirs = [await _digest(path, workers) for path in (source, await workers.run(_flat_of, vmdk))]
     qemu_img = await _qemu_img_says(source, vmdk)
     return DemoReport(
         source=str(source),
-        steps=[step],
+        steps=steps,
+        kills=int(killed is None),
         verified=ours == theirs and qemu_img != "different",
         digest=ours,
         qemu_img=qemu_img,
@@ -107,42 +120,6 @@ def _make_directory(directory: Path | None) -> Path:
     return directory
 
 
-async def _make_disk(directory: Path, workers: Workers) -> Path:
-    """A small ext4 disk with files of Python's own library."""
-    if shutil.which("mkfs.ext4") is None:
-        raise UsageError(
-            "demo.no_mkfs",
-            "mkfs.ext4 is missing, so no disk can be made",
-            cause="e2fsprogs is not installed, or /usr/sbin is not in PATH",
-            fix="apt-get install e2fsprogs, or give a disk of your own with --source",
-        )
-    image = directory / "demo-disk.img"
-    with tempfile.TemporaryDirectory(dir=directory) as files:
-        await workers.run(_copy_files, Path(sysconfig.get_path("stdlib")), Path(files))
-        await workers.run(image.unlink, missing_ok=True)
-        size = f"{DISK_BYTES // 1024}k"
-        status, output = await _finished("mkfs.ext4", "-q", "-F", "-d", files, str(image), size)
-    if status:
-        raise TargetError(
-            "demo.mkfs_failed",
-            f"mkfs.ext4 failed: {output.strip()}",
-            cause=f"most likely no space in {directory}",
-            fix="give another directory with --dir",
-        )
-    return image
-
-
-def _copy_files(origin: Path, target: Path) -> None:
-    """Copy a library's own modules and packages, up to what the disk holds comfortably."""
-    left = FILES_MAX_BYTES
-    for path in sorted(origin.glob("*/*.py")) + sorted(origin.glob("*.py")):
-        left -= path.stat().st_size
-        if left < 0:
-            return
-        (target / path.parent.name).mkdir(exist_ok=True)
-        shutil.copyfile(path, target / path.parent.name / path.name)
-
-
 @asynccontextmanager
 async def _receiving(directory: Path) -> AsyncIterator[tuple[str, str]]:
     """A master target as a process of its own; gives its address and join token."""
@@ -167,12 +144,28 @@ async def _line(process: Process) -> bytes:
     return await process.stdout.readline() if process.stdout else b""
 
 
-async def _send(source: Path, directory: Path, address: str, token: str) -> dict[str, Any]:
-    """``replicator send`` as a process of its own; the token goes by stdin, not by argument."""
+async def _sent(source: Path, directory: Path, address: str, token: str) -> dict[str, Any]:
+    """What a send reported that nobody killed."""
+    report = await _send(source, directory, address, token)
+    if report is None:
+        raise PeerError(
+            "demo.no_answer",
+            "`replicator send` was killed",
+            cause="somebody else ended it, or memory ran out",
+            fix="try again",
+        )
+    return report
+
+
+async def _send(
+    source: Path, directory: Path, address: str, token: str, failpoint: str = ""
+) -> dict[str, Any] | None:
+    """``replicator send`` as a process, its token by stdin, not by argument. None: it was killed."""
     state = directory / ".process-server"
     process = await create_subprocess_exec(
-        *COMMAND, "send", str(source), "--to", address, "--token-file", "-", "--state", str(state), "--json",
-        stdin=PIPE, stdout=PIPE,
+        *COMMAND, "send", str(source), "--to", address, "--token-file", "-", "--state", str(state),
+        "--give-up-after", "60", "--json",
+        stdin=PIPE, stdout=PIPE, env=os.environ | {"FAILPOINT": failpoint},
     )  # fmt: skip
     try:
         output, _ = await process.communicate(token.encode())
@@ -180,7 +173,7 @@ async def _send(source: Path, directory: Path, address: str, token: str) -> dict
         if process.returncode is None:
             process.terminate()
             await process.wait()
-    return _document(output, "send")
+    return None if process.returncode == -signal.SIGKILL else _document(output, "send")
 
 
 def _document(output: bytes, command: str) -> dict[str, Any]:
@@ -222,7 +215,7 @@ async def _qemu_img_says(source: Path, vmdk: Path) -> str:
     """What an independent reader finds."""
     if shutil.which("qemu-img") is None:
         return "not installed"
-    status, output = await _finished("qemu-img", "compare", "-f", "raw", "-F", "vmdk", str(source), str(vmdk))
+    status, output = await finished("qemu-img", "compare", "-f", "raw", "-F", "vmdk", str(source), str(vmdk))
     if status not in (0, 1):
         raise ReplicatorError(
             "demo.qemu_img_failed",
@@ -231,10 +224,3 @@ async def _qemu_img_says(source: Path, vmdk: Path) -> str:
             fix="run `qemu-img compare` by hand",
         )
     return "different" if status else "identical"
-
-
-async def _finished(*command: str) -> tuple[int, str]:
-    """Exit status and all output of a program."""
-    process = await create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
-    output, errors = await process.communicate()
-    return process.returncode or 0, (output + errors).decode(errors="replace")

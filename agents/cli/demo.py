@@ -27,7 +27,7 @@ def demo(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
-    """Send a disk to a master target, both on this machine, and prove the VMDK equal to it."""
+    """Send a disk to a master target here, be killed, go on, send the difference, prove the VMDK."""
     from agents.demo import demonstrate
     from agents.lifecycle import run
 
@@ -46,9 +46,11 @@ def _table(report: DemoReport) -> None:
     table = Table(title="verified: source and VMDK are equal" if report.verified else "NOT VERIFIED")
     for heading in ("step", "read", "zero", "matched", "sent", "seconds"):
         table.add_column(heading, justify="left" if heading == "step" else "right")
+    for _ in range(report.kills):
+        table.add_row("full send, killed half-way (kill -9)", *["" for _ in range(5)])
     for step in report.steps:
         sizes = (in_units(step[f"{what}_bytes"]) for what in ("read", "zero", "matched", "sent"))
-        table.add_row(f"{step['mode']} send of {step['disk']}", *sizes, f"{step['seconds']:.1f}")
+        table.add_row(f"{step['mode']} send", *sizes, f"{step['seconds']:.1f}")
     console = Console()
     console.print(table)
     console.print(f"SHA-256   {report.digest}", soft_wrap=True)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 from agents.cli.output import in_units, say
-from replicator.sender import Progress
+from replicator.sending import Progress
 
 T = TypeVar("T")
 

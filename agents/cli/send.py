@@ -40,16 +40,21 @@ def send(  # noqa: PLR0913, PLR0917 - one parameter an option
     compression: Annotated[
         str, typer.Option(help="auto (follows the bottleneck), off, or a zstd level of 1 to 19.")
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiesced: Annotated[
+        bool, typer.Option("--quiesced", help="Nobody writes to this block device: trust that it stays.")
+    ] = False,
+    give_up_after: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds of trying in vain. Default: for ever, once the target was met."),
+    ] = None,
+    watch: Annotated[
+        float | None, typer.Option(min=0, help="Send again and again, so many seconds after each end.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document, or one a cycle.")] = False,
 ) -> None:
-    """Send a disk to a master target. Safe to interrupt and to repeat."""
-    from agents.cli.progress import shown
+    """Send a disk to a master target: whole at first, the difference after. Safe to interrupt and repeat."""
     from agents.lifecycle import run
     from agents.process_server import SendConfig
-    from agents.process_server import send as send_disk
-    from replicator.clock import Clock
-    from replicator.files import Files
-    from replicator.sender import Progress
     from replicator.transport.dial import Address
 
     config = SendConfig(
@@ -60,15 +65,37 @@ def send(  # noqa: PLR0913, PLR0917 - one parameter an option
         state=state or default_state(),
         streams=streams,
         level=_level(compression),
+        quiesced=quiesced,
+        give_up_after_s=give_up_after,
     )
-    progress = Progress()
-    report = run(shown(send_disk(config, progress, Clock(), Files()), progress, config.disk))
-    if as_json:
-        document(asdict(report))
-    else:
-        say(_summary(config, report, progress.size))
-    if report.fuzzy:
-        say(f"warning: {source} may have changed while it was read: the copy is fuzzy; send it again at rest")
+    run(_cycles(config, watch, as_json))
+
+
+async def _cycles(config: SendConfig, watch_s: float | None, as_json: bool) -> None:
+    """Send once, or again and again."""
+    import asyncio
+
+    from agents.cli.progress import shown
+    from agents.process_server import send as send_disk
+    from replicator.clock import Clock
+    from replicator.files import Files
+    from replicator.sending import Progress
+
+    while True:
+        progress = Progress()
+        report = await shown(send_disk(config, progress, Clock(), Files(), say), progress, config.disk)
+        if as_json:
+            document(asdict(report))
+        else:
+            say(_summary(config, report, progress.size))
+        if report.fuzzy:
+            say(f"warning: {config.source} may have changed while it was read: the copy is fuzzy")
+        if watch_s is None:
+            return
+        try:
+            await asyncio.sleep(watch_s)
+        except asyncio.CancelledError:  # a signal, while nothing is under way: an end as good as any
+            return
 
 
 def default_state() -> Path:
@@ -120,7 +147,8 @@ def _token(token: str | None, token_file: str | None) -> str | None:
 def _summary(config: SendConfig, report: SendReport, size: int) -> str:
     rate = size / report.seconds if report.seconds else 0
     return (
-        f"{config.source} is {report.vmdk} at {config.to}: read {in_units(report.read_bytes)}, "
-        f"zero {in_units(report.zero_bytes)}, sent {in_units(report.sent_bytes)} "
-        f"in {report.seconds:.1f} s ({in_units(rate)}/s)"
+        f"{config.source} is {report.vmdk} at {config.to} ({report.mode}): "
+        f"read {in_units(report.read_bytes)}, "
+        f"zero {in_units(report.zero_bytes)}, matched {in_units(report.matched_bytes)}, "
+        f"sent {in_units(report.sent_bytes)} in {report.seconds:.1f} s ({in_units(rate)}/s)"
     )

@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from tests.house.tree import ROOT
 
@@ -63,6 +64,39 @@ class Done:
         return error
 
 
+class Heard:
+    """What a process says on stderr, as it says it."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self._text = b""
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        with self._pipe:
+            while got := os.read(self._pipe.fileno(), 65536):
+                with self._changed:
+                    self._text += got
+                    self._changed.notify_all()
+
+    @property
+    def text(self) -> str:
+        with self._changed:
+            return self._text.decode(errors="backslashreplace")
+
+    def wait_for(self, words: str, times: int, within_s: float) -> None:
+        with self._changed:
+            said = self._changed.wait_for(lambda: self._text.count(words.encode()) >= times, within_s)
+        assert said, f"{words!r} was not said {times} times in {within_s} s: {self.text}"
+
+    def end(self) -> str:
+        """All of it; the process has ended, and nobody else holds its stderr."""
+        self._thread.join(BOUND_S)
+        return self.text
+
+
 class Process:
     """A command under way; killed at the end of the `with` if it is still there."""
 
@@ -76,7 +110,6 @@ class Process:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.arguments = (*through, *command, *map(str, arguments))
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end of the `with`
         self._read = b""
         inherited = {name: value for name, value in os.environ.items() if name != "FAILPOINT"}
         with tempfile.TemporaryFile() as given:
@@ -89,8 +122,10 @@ class Process:
                 env={**inherited, **(environment or {}), **({"FAILPOINT": failpoint} if failpoint else {})},
                 stdin=given if isinstance(stdin, str) else stdin,
                 stdout=subprocess.PIPE,
-                stderr=self._errors,
+                stderr=subprocess.PIPE,
             )
+        assert self._popen.stderr is not None
+        self._errors = Heard(self._popen.stderr)
         self._pidfd = os.pidfd_open(self._popen.pid)
         self._done: Done | None = None
 
@@ -102,7 +137,6 @@ class Process:
             self.signal(signal.SIGKILL)
             self.wait()
         os.close(self._pidfd)
-        self._errors.close()
 
     @property
     def pid(self) -> int:
@@ -115,13 +149,21 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         signal.pidfd_send_signal(self._pidfd, number)
 
-    def line(self) -> bytes:
-        """The first line on stdout, or what there was when the process ended without one."""
+    def said(self, words: str, *, times: int = 1, within_s: float = BOUND_S) -> None:
+        """Wait until it has said these words on stderr, so many times in all."""
+        self._errors.wait_for(words, times, within_s)
+
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        """The documents of the first so many lines on stdout."""
+        return [json.loads(line) for line in self.line(count).splitlines()[:count]]
+
+    def line(self, count: int = 1) -> bytes:
+        """The first line on stdout, or more; what there was when the process ended without them."""
         assert self._popen.stdout is not None
         deadline = time.monotonic() + BOUND_S
-        while b"\n" not in self._read:
+        while self._read.count(b"\n") < count:
             ready, _, _ = select.select([self._popen.stdout], [], [], deadline - time.monotonic())
-            assert ready, f"{self.arguments} printed no line in {BOUND_S} s: {self._stderr()}"
+            assert ready, f"{self.arguments} printed no line in {BOUND_S} s: {self._errors.text}"
             got = os.read(self._popen.stdout.fileno(), 65536)
             if not got:
                 break
@@ -164,15 +206,11 @@ class Process:
         self._done = Done(
             self._popen.returncode,
             self._read.decode(),
-            self._stderr(),
+            self._errors.end(),
             peak,
         )
         assert ended, f"{self.arguments} did not end in {BOUND_S} s: {self._done}"
         return self._done
-
-    def _stderr(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="backslashreplace")
 
 
 def run(*arguments: str | Path, **how: Any) -> Done:
@@ -207,12 +245,14 @@ class Target:
 
 @contextmanager
 def receiving(
-    directory: Path, *options: str | Path, listen: str = "127.0.0.1:0", failpoint: str = ""
+    directory: Path, *options: str | Path, listen: str = "127.0.0.1:0", **how: Any
 ) -> Iterator[Target]:
-    """A master target for the time of a block, in a directory that is made if need be."""
+    """A master target for the time of a block, in a directory that is made if need be; `how` as for
+    `Process`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     arguments = ("receive", "--directory", directory, "--listen", listen, "--json", *options)
-    with Process(*arguments, failpoint=failpoint) as process:
+    with Process(*arguments, **how) as process:
         target = Target(process, directory)
         yield target
         if not process.ended:
@@ -221,10 +261,21 @@ def receiving(
             assert "Traceback" not in done.stderr, done.stderr
 
 
-def sending(source: Path, to: str, state: Path, *options: str, token: str = "", **how: Any) -> Process:
-    """`replicator send` with `--json`, started."""
+def sending(
+    source: Path,
+    to: str,
+    state: Path,
+    *options: str,
+    token: str = "",
+    give_up_after_s: float | None = 0,
+    **how: Any,
+) -> Process:
+    """`replicator send` with `--json`, started. It gives up at its first error, so that a test sees which;
+    None leaves that to the command, which keeps trying once it has met the target.
+    """
+    patience = () if give_up_after_s is None else ("--give-up-after", str(give_up_after_s))
     with_token = ("--token-file", "-") if token else ()
-    arguments = (source, "--to", to, "--state", state, "--json", *with_token, *options)
+    arguments = (source, "--to", to, "--state", state, "--json", *patience, *with_token, *options)
     return Process("send", *arguments, stdin=token, **how)
 
 

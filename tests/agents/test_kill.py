@@ -1,6 +1,7 @@
-"""kill -9 of the master target at each durable step of a send: nothing half-made is shown, and it goes on."""
+"""kill -9 of either side at each durable step of a send: nothing half-made is shown, and it goes on."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from tests.agents.harness import MIB, Done, half_made, identical, make_disk, rec
 pytestmark = pytest.mark.peer("qemu-img")
 
 KILLED = -9
-FAMILIES = ("image.", "session.", "sidecar.", "replace.")
+FAMILIES = ("image.", "session.", "sidecar.", "replace.", "coverage.")
+OF_THE_SENDER = ("epoch.", "send.")
 ELSEWHERE = ("authority.", "token.", "join.")  # test_joins.py
 # What a target replaces in the course of one start and one send.
 REPLACED = {
@@ -23,6 +25,7 @@ REPLACED = {
     5: "sidecar, dirty",
     6: "descriptor",
     7: "sidecar, clean",
+    8: "catalogue, sealed",
 }
 # Reached once in each of these steps; the first alone is in every run for the names that are not here.
 TIMES = {
@@ -33,10 +36,13 @@ TIMES = {
 }
 PUBLISHED = {"image.published", "session.sealed", "sidecar.before_mark:2", "sidecar.marked:2"} | {
     f"replace.{step}:{number}"
-    for number in (6, 7)
+    for number in (6, 7, 8)
     for step in ("before_write", "before_fsync", "before_rename", "before_fsync_dir", "done")
-    if number == 7 or step in ("before_fsync_dir", "done")
+    if number > 6 or step in ("before_fsync_dir", "done")
 }
+
+
+AFTER_THE_SEAL = {"epoch.before_publish", "epoch.published"}
 
 
 def cases() -> list[Any]:
@@ -56,7 +62,7 @@ def cases() -> list[Any]:
 
 
 def test_no_failpoint_is_forgotten() -> None:
-    assert [name for name in NAMES if not name.startswith(FAMILIES + ELSEWHERE)] == []
+    assert [name for name in NAMES if not name.startswith(FAMILIES + OF_THE_SENDER + ELSEWHERE)] == []
 
 
 @pytest.fixture
@@ -94,6 +100,22 @@ def test_a_target_killed_at_a_durable_step_shows_nothing_half_made_and_goes_on(
         assert half_made(directory) == []
 
 
+@pytest.mark.parametrize("failpoint", sorted(name for name in NAMES if name.startswith(OF_THE_SENDER)))
+def test_a_sender_killed_at_a_durable_step_goes_on_by_the_same_command(
+    failpoint: str, source: Path, tmp_path: Path
+) -> None:
+    with receiving(tmp_path / "target") as target:
+        killed = send(source, target.address, tmp_path / "state", token=target.token, failpoint=failpoint)
+        assert (killed.status, killed.stdout) == (KILLED, "")
+        assert (target.directory / "disk.vmdk").exists() == (failpoint in AFTER_THE_SEAL)
+        done = send(source, target.address, tmp_path / "state", token=target.token).ok
+        assert done["fuzzy"] is False
+        assert identical(source, target.directory / "disk.vmdk")
+        assert sidecar(target.directory, "disk")["state"] == "clean"
+        assert half_made(tmp_path) == []
+        assert send(source, target.address, tmp_path / "state").ok["mode"] in ("incremental", "resync")
+
+
 @pytest.mark.parametrize("failpoint", ["image.before_sync", "session.acked", "image.before_publish"])
 def test_a_sealed_disk_that_was_being_sent_again_is_dirty_until_it_is_whole(
     failpoint: str, source: Path, tmp_path: Path
@@ -116,12 +138,13 @@ def test_a_sealed_disk_that_was_being_sent_again_is_dirty_until_it_is_whole(
 
 
 def test_numbers_and_epochs_are_never_given_out_twice(source: Path, tmp_path: Path) -> None:
-    """Also when the target dies right after it wrote them down."""
+    """Also when the target dies right after it wrote them down. Each time the sender begins a new epoch."""
     directory = tmp_path / "target"
     epochs = []
     for failpoint in ("sidecar.before_mark", "sidecar.marked", "session.before_sealed"):
         killed_at(failpoint, source, tmp_path)
         catalogue = json.loads((directory / ".replicator" / "catalogue.json").read_text())
         epochs.append(catalogue["next_epoch"])
+        shutil.rmtree(tmp_path / "state" / "groups")
         assert [disk["number"] for disk in catalogue["disks"]] == [1]
     assert epochs == sorted(set(epochs))
