@@ -603,7 +603,7 @@ def test_a_read_only_directory_is_told_at_once(store: Store) -> None:
             store.directory()
         assert descriptors() == before
     finally:
-        subprocess.run(["umount", store.path], check=True)
+        subprocess.run(["umount", "--lazy", store.path], check=True)
 
 
 def test_a_symbolic_link_in_a_disks_place_is_not_followed(store: Store, tmp_path: Path) -> None:
