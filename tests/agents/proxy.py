@@ -101,6 +101,8 @@ class Proxy:
                     size = self._admitted(min(len(view), self._slice_bytes), to_server)
                     end.sendall(view[:size])
                     view = view[size:]
+        with self._changed:  # in a black hole nobody hears of an end either
+            self._changed.wait_for(lambda: self._closed or not self._silent)
         for side in (start, end):  # whoever is gone, the other shall know
             with suppress(OSError):
                 side.shutdown(socket.SHUT_RDWR)
