@@ -299,7 +299,7 @@ def test_whatever_the_content_it_is_read_or_refused(seed: int, count: Callable[[
             outcomes["refused"] += 1
         else:
             outcomes["read"] += 1
-            assert render(found) == content
+            assert render(found) == content.rstrip(b"\0")  # zeros at the end are padding
             assert "/" not in found.extent.name
             assert 0 < found.size_bytes <= DISK_MAX_BYTES
             assert with_cid(found, 5).cid == 5
