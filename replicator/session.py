@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 ACK_INTERVALS = 16 * 1024  # a quarter of a MiB: no ACK comes near the limit of a control message
 REQUESTS_MAX = 64  # a sender asks for windows of a disk, a few ahead
+_LISTENING = (State.OPEN, State.SEALING)  # where ACK and DIGESTS are allowed
 DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk: small enough to come while the next are read
 
 
@@ -281,9 +282,7 @@ class Session:
     def _acknowledge(self) -> None:
         """Tell the sender what has become durable and what it may send, if there is news and it listens."""
         granted = self._share.window.granted
-        if self._control.state not in (State.OPEN, State.SEALING) or not (
-            self._pending or granted > self._told
-        ):
+        if self._control.state not in _LISTENING or not (self._pending or granted > self._told):
             return
         self._told = granted
         pending, self._pending = self._pending, {}
@@ -341,6 +340,8 @@ class Session:
                 found = await self._parts.workers.run(
                     digests, rest, wanted.block, self._parts.seed, DIGESTS_A_PART
                 )
+                if self._control.state not in _LISTENING:  # sealed meanwhile, or gone
+                    return
                 self._control.send(Digests(wanted.request, *found))
                 await self._control.drain()
                 reached = found.intervals[-1].end

@@ -3,7 +3,8 @@
 import asyncio
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from protocol.connection import Data
 from protocol.constants import HEADER_BYTES
+from protocol.errors import LocalProtocolError
 from protocol.header import FrameType, Header, pack
 from protocol.messages import (
     NO_ID,
@@ -22,6 +24,7 @@ from protocol.messages import (
     DigestsWanted,
     DiskCoverage,
     Fail,
+    Hello,
     Interval,
     Mode,
     Open,
@@ -42,6 +45,7 @@ from replicator.images.coverage_journal import CoverageJournal
 from replicator.images.directory import ImageDirectory, OpenedGroup
 from replicator.sender import Outcome, Sender
 from replicator.session import Session
+from replicator.transport import stream as streaming
 from replicator.workers import Workers
 from tests.replicator.fake_target import SEED, FakeTarget, MemorySource, noise, to_send
 from tests.replicator.pipeline import (
@@ -93,6 +97,7 @@ async def test_what_arrives_is_what_was_read(
         assert outcome.epoch == fake.opens[0].epoch == fake.seals[0].epoch
         assert not outcome.changed and outcome.recovery_point == NO_ID
         assert sender._parts.pool.taken == 0
+        await until(lambda: not fake.tasks)  # every stream was closed
 
 
 async def test_open_and_seal_say_what_is_sent(tmp_path: Path, workers: Workers) -> None:
@@ -256,15 +261,23 @@ async def test_credit_is_used_to_the_byte_and_never_exceeded(tmp_path: Path, wor
 
 
 async def test_a_grant_that_comes_late_takes_nothing_away(tmp_path: Path, workers: Workers) -> None:
+    class Gated(MemorySource):
+        """Gives its first MiB, and the rest when it may."""
+
+        async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+            if extents[0].offset:
+                await may_read.wait()
+            await super().read_into(extents, view)
+
+    may_read = asyncio.Event()
     fake = Stingy(tmp_path, credit=FRAME_BYTES)
     async with fake.listening():
-        task = asyncio.ensure_future(
-            fake.sender(workers).send("group", [to_send(MemorySource(noise(3 * MIB)))])
-        )
+        task = asyncio.ensure_future(fake.sender(workers).send("group", [to_send(Gated(noise(3 * MIB)))]))
         await until(lambda: len(fake.frames) == 1)
-        assert fake.control is not None
         fake.acknowledge(grant=2 * FRAME_BYTES)
-        fake.control.send(Ack(2, FRAME_BYTES, ()))
+        control_of(fake).send(Ack(2, FRAME_BYTES, ()))
+        await turns(300)
+        may_read.set()
         await until(lambda: len(fake.frames) == 3)
         fake.acknowledge(*fake.frames)
         await task
@@ -648,7 +661,38 @@ async def test_a_source_that_fails_ends_everything_at_once_with_its_own_error(
         with ends(SourceError, "source.read_failed"):
             await sender.send("group", [to_send(MemorySource(noise(MIB)), "a"), to_send(bad, "b")])
         assert not fake.seals and sender._parts.pool.taken == 0 and bad.reading == 0
+        await until(lambda: not fake.tasks)  # every stream was closed, control too
     await given_back(sender, tasks)
+
+
+async def test_giving_up_does_not_wait_for_a_line_that_stalls(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "CLOSE_S", 1000.0)
+    async with Stingy(tmp_path, credit=64 * MIB).listening() as fake:
+        task = asyncio.ensure_future(
+            fake.sender(workers).send("group", [to_send(MemorySource(noise(32 * MIB)))])
+        )
+        await until(lambda: len(fake.frames) == 2)
+        for peer in fake.peers:
+            peer.stop_reading()
+        task.cancel()
+        async with asyncio.timeout(5):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+
+async def test_a_target_that_does_not_let_us_in_is_hung_up_on(tmp_path: Path, workers: Workers) -> None:
+    class Closed(FakeTarget):
+        async def _serve(self, peer: Peer) -> None:
+            await peer.expect(Hello)
+            peer.send(Fail("identity.revoked", Retry.STOP, "revoked"))
+            await peer.ended()
+
+    async with Closed(tmp_path).listening() as fake:
+        with ends(TrustError, "identity.revoked"):
+            await fake.sender(workers).send("group", [to_send(MemorySource(noise(512)))])
+        await until(lambda: not fake.tasks)
 
 
 async def test_a_source_whose_map_fails_ends_everything_too(tmp_path: Path, workers: Workers) -> None:
@@ -689,6 +733,13 @@ async def test_a_send_that_is_cancelled_gives_everything_back(tmp_path: Path, wo
     await given_back(sender, tasks)
 
 
+HELD = {  # what no target can hold of a disk of a MiB
+    "half a block is held": Interval(0, 512),
+    "half a block is held at the start": Interval(512, 65536),
+    "more than the disk is held": Interval(0, 2 * MIB),
+}
+
+
 class Refusing(FakeTarget):
     """Refuses at a named step."""
 
@@ -703,6 +754,9 @@ class Refusing(FakeTarget):
             peer.send(Opened(bytes(range(16)), 1, self.credit, self.coverage(wanted)[:1] * 2))
         elif self._step == "too few disks":
             peer.send(Opened(bytes(range(16)), 1, self.credit, self.coverage(wanted)[:1]))
+        elif self._step in HELD:
+            held = DiskCoverage(1, (HELD[self._step],))
+            peer.send(Opened(bytes(range(16)), 1, self.credit, (held, self.coverage(wanted)[1])))
         else:
             await super().opened(peer, wanted)
 
@@ -711,9 +765,13 @@ class Refusing(FakeTarget):
             peer.send(REFUSED)
         elif self._step == "attach, control knows why":
             peer.send(Fail("session.unknown", Retry.LATER, "there is no such session"))
-            control_of(self).send(REFUSED)
+            asyncio.get_running_loop().call_later(0.05, self._tell)
         else:
             await super().attached(peer)
+
+    def _tell(self) -> None:
+        with suppress(LocalProtocolError):  # told already
+            control_of(self).send(REFUSED)
 
     async def sealing(self, peer: Peer, seal: Seal) -> None:
         if self._step == "seal":
@@ -732,6 +790,7 @@ class Refusing(FakeTarget):
         ("open", PeerError, "group.not_yours"),
         ("too few disks", PeerError, "peer.protocol"),
         ("one disk for two", PeerError, "peer.protocol"),
+        *((step, PeerError, "peer.protocol") for step in HELD),
         ("attach", PeerError, "group.not_yours"),
         ("attach, control knows why", PeerError, "group.not_yours"),
         ("seal", PeerError, "group.not_yours"),
