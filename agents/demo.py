@@ -200,7 +200,7 @@ def _document(output: bytes, command: str) -> dict[str, Any]:
 async def _digest(path: Path, workers: Workers) -> str:
     source = await RawSource.open(Files(), workers, path)
     try:
-        return await content_digest(source, workers)
+        return await content_digest(source)
     finally:
         await source.close()
 

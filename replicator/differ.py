@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from protocol.constants import MIB
 from protocol.messages import DIGEST_INTERVALS_MAX, Interval
 from protocol.payload import Extent
-from replicator.buffers import BufferPool
+from replicator.buffers import Buffer, BufferPool
 from replicator.digest import (
     BLOCK_BYTES,
     DIGEST_BYTES,
@@ -25,11 +26,10 @@ from replicator.digest import (
 )
 from replicator.extents import Coverage, Cutter, Piece
 from replicator.sources.base import Source
-from replicator.workers import Workers
 
 WINDOW_DATA_BYTES = 16 * MIB
 WINDOW_SPAN_BYTES = 4096 * MIB  # of holes; 1 MiB of digests
-SCAN_BYTES = MIB
+SCAN_BYTES = 2 * MIB  # read and digested in one go: the hand-over to a thread is paid for all of it
 
 Ask = Callable[[Sequence[Interval], int], Awaitable[bytes]]
 """(intervals, block size) -> the target's digests of all their blocks, in order."""
@@ -94,7 +94,6 @@ async def compared(
     theirs: Callable[[Interval], Awaitable[bytes]],
     ask: Ask,
     pool: BufferPool,
-    workers: Workers,
     seed: int,
 ) -> Difference:
     """What of a window differs from the row of digests that ``theirs`` gives for it.
@@ -103,7 +102,7 @@ async def compared(
         SourceError: it cannot be read. Whatever ``theirs`` and ``ask`` raise.
     """
     row = await theirs(window.cover)
-    ours = await _digested(window, source, pool, workers, seed)
+    ours = await _digested(window, source, pool, seed)
     start, end = window.cover
     said = list(differing(ours, row, start, end))
     said_bytes = sum(stop - begin for begin, stop in said)
@@ -116,20 +115,16 @@ async def compared(
     )
 
 
-async def _digested(window: Window, source: Source, pool: BufferPool, workers: Workers, seed: int) -> bytes:
+async def _digested(window: Window, source: Source, pool: BufferPool, seed: int) -> bytes:
     """The digests of a window's blocks, read from the source."""
     digester = Digester(seed)
     digester.at(window.cover.start)
     buffer = pool.take(SCAN_BYTES)
     try:
-        for extent in window.extents:
-            if extent.zero:
-                digester.zero(extent.length)
-                continue
-            for offset in range(extent.offset, extent.end, SCAN_BYTES):
-                view = buffer.view[: min(SCAN_BYTES, extent.end - offset)]
-                await source.read_into([Extent(offset, len(view))], view)
-                await workers.run(digester.data, view)
+        for batch in _batches(window.extents):
+            data = [extent for extent in batch if not extent.zero]
+            size = sum(extent.length for extent in data)
+            await source.read_into(data, buffer.view[:size], partial(_digest, digester, batch, buffer))
     finally:
         pool.give(buffer)
     digester.finish()
@@ -138,6 +133,35 @@ async def _digested(window: Window, source: Source, pool: BufferPool, workers: W
         at = (start - window.cover.start) // BLOCK_BYTES * DIGEST_BYTES
         row[at : at + len(digests)] = digests
     return bytes(row)
+
+
+def _batches(extents: Sequence[Extent]) -> Iterator[list[Extent]]:
+    """The extents in groups, each with up to ``SCAN_BYTES`` of data; long ones are split."""
+    batch: list[Extent] = []
+    room = SCAN_BYTES
+    for extent in extents:
+        offset = extent.offset
+        while offset < extent.end:
+            length = extent.end - offset if extent.zero else min(room, extent.end - offset)
+            batch.append(Extent(offset, length, extent.zero))
+            offset += length
+            room -= 0 if extent.zero else length
+            if not room:
+                yield batch
+                batch, room = [], SCAN_BYTES
+    if batch:
+        yield batch
+
+
+def _digest(digester: Digester, batch: Sequence[Extent], buffer: Buffer) -> None:
+    """Tell the digester a group of extents, whose data lies in the buffer."""
+    position = 0
+    for extent in batch:
+        if extent.zero:
+            digester.zero(extent.length)
+        else:
+            digester.data(buffer.view[position : position + extent.length])
+            position += extent.length
 
 
 def _bound(position: int, room: int) -> int:

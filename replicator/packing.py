@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from xxhash import xxh3_128_digest
 from zstandard import ZstdCompressor
 
 from protocol.payload import DataFrame, Extent, build
 from replicator.buffers import Buffer, zero_runs
-from replicator.digest import BLOCK_BYTES, DIGEST_BYTES, FINE_BYTES, Digester
+from replicator.digest import BLOCK_BYTES, DIGEST_BYTES, FINE_BYTES, Digester, differing, digests_of
 from replicator.extents import Piece
 
 
@@ -93,23 +92,30 @@ def _unequal(
     if not theirs:
         yield start, end
         return
-    first: int | None = None
-    position = start
-    while position < end:
-        offset = position + shift
-        behind = min(end, position + FINE_BYTES - offset % FINE_BYTES)
-        row = theirs.get(offset - offset % BLOCK_BYTES)
-        at = offset % BLOCK_BYTES // FINE_BYTES * DIGEST_BYTES
-        equal = (
-            row is not None
-            and offset % FINE_BYTES == 0
-            and xxh3_128_digest(buffer.view[position:behind], seed) == row[at : at + DIGEST_BYTES]
-        )
-        if equal and first is not None:
-            yield first, position
-            first = None
-        elif not equal and first is None:
+    first = last = start  # of the stretch that was found last
+    for position, behind in _unequal_by_block(buffer, start, end, shift, seed, theirs):
+        if position > last:
+            if first < last:
+                yield first, last
             first = position
-        position = behind
-    if first is not None:
-        yield first, end
+        last = behind
+    if first < last:
+        yield first, last
+
+
+def _unequal_by_block(
+    buffer: Buffer, start: int, end: int, shift: int, seed: int, theirs: Mapping[int, bytes]
+) -> Iterator[tuple[int, int]]:
+    """As ``_unequal``, neighbours in different blocks of 64 KiB not joined."""
+    while start < end:
+        offset = start + shift
+        behind = min(end, start + BLOCK_BYTES - offset % BLOCK_BYTES)
+        row = theirs.get(offset - offset % BLOCK_BYTES)
+        aligned = start + -offset % FINE_BYTES if row is not None else behind
+        if start < aligned:
+            yield start, min(aligned, behind)
+        if row is not None and aligned < behind:
+            ours = digests_of(buffer.view[aligned:behind], seed, FINE_BYTES)
+            at = (aligned + shift) % BLOCK_BYTES // FINE_BYTES * DIGEST_BYTES
+            yield from differing(ours, row[at : at + len(ours)], aligned, behind, FINE_BYTES)
+        start = behind

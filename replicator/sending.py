@@ -229,27 +229,24 @@ class SendingEpoch:
                     return await workers.run(known.digests, *cover)
             return await ask([cover], BLOCK_BYTES)
 
-        return await compared(window, disk.source, theirs, ask, self._parts.pool, workers, self._seed)
+        return await compared(window, disk.source, theirs, ask, self._parts.pool, self._seed)
 
     async def _packed(
         self, disk: SendingDisk, piece: Piece, difference: Difference, compressor: ZstdCompressor | None
     ) -> Packed:
         parts = self._parts
         buffer = parts.pool.take(piece.raw_bytes)
-        try:
-            await disk.source.read_into([extent for extent in piece.extents if not extent.zero], buffer.view)
-            packed = await parts.workers.run(
-                pack,
-                disk.number,
-                self._opened.epoch_number,
-                piece,
-                buffer,
-                compressor,
-                self._seed,
-                difference.fine,
-            )
+        data = [extent for extent in piece.extents if not extent.zero]
+        epoch = self._opened.epoch_number
+
+        def make() -> Packed:
+            made = pack(disk.number, epoch, piece, buffer, compressor, self._seed, difference.fine)
             if disk.building is not None:
-                await parts.workers.run(disk.building.take, packed.digests)
+                disk.building.take(made.digests)
+            return made
+
+        try:
+            packed = await disk.source.read_into(data, buffer.view, make)
         except BaseException:  # cancelled too
             parts.pool.give(buffer)
             raise
@@ -263,6 +260,8 @@ class SendingEpoch:
 
     def _give(self, packed: Packed) -> None:
         if packed.buffer is not None:
+            if isinstance(packed.frame.payload, memoryview):
+                packed.frame.payload.release()  # else the pool could not hand this memory out again
             self._parts.pool.give(packed.buffer)
 
     async def _transmit(self, stream: Stream) -> None:

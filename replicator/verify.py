@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from functools import partial
 
 from protocol.constants import MIB
 from protocol.payload import Extent
-from replicator.buffers import BufferPool, zero_runs
+from replicator.buffers import Buffer, BufferPool, zero_runs
 from replicator.sources.base import Source
-from replicator.workers import Workers
 
 CHUNK_BYTES = MIB
 _POSITION = struct.Struct("<Q")
 
 
-async def content_digest(source: Source, workers: Workers) -> str:
+async def content_digest(source: Source) -> str:
     """SHA-256 of a disk's content, in hex.
 
     Raises:
@@ -33,14 +33,14 @@ async def content_digest(source: Source, workers: Workers) -> str:
             continue
         for offset in range(max(done, extent.offset - extent.offset % CHUNK_BYTES), extent.end, CHUNK_BYTES):
             buffer = pool.take(min(CHUNK_BYTES, source.size_bytes - offset))
-            await source.read_into([Extent(offset, len(buffer.view))], buffer.view)
-            if not all(run.zero for run in zero_runs(buffer, 0, len(buffer.view))):
-                await workers.run(_update, digest, offset, buffer.view)
+            chunk = Extent(offset, len(buffer.view))
+            await source.read_into([chunk], buffer.view, partial(_update, digest, offset, buffer))
             pool.give(buffer)
             done = offset + CHUNK_BYTES
     return digest.hexdigest()
 
 
-def _update(digest: hashlib._Hash, offset: int, chunk: memoryview) -> None:
-    digest.update(_POSITION.pack(offset))
-    digest.update(chunk)
+def _update(digest: hashlib._Hash, offset: int, chunk: Buffer) -> None:
+    if not all(run.zero for run in zero_runs(chunk, 0, len(chunk.view))):
+        digest.update(_POSITION.pack(offset))
+        digest.update(chunk.view)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol, TypeVar
 
 from protocol.payload import Extent
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -29,11 +31,15 @@ class Source(Protocol):
         """
         ...
 
-    async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
-        """Fill ``view`` with the bytes of the extents, one after the other; calls may run side by side.
+    async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
+        """Fill ``view`` with the bytes of the extents, one after the other, and return what ``then`` returns.
+
+        ``then`` is what comes next with these bytes (hashing, packing); it runs in a worker thread, if
+        possible in the one that has just read. Calls may run side by side.
 
         Raises:
             SourceError: code ``source.read_failed`` names the range; ``source.shrank`` when it ends early.
+            Whatever ``then`` raises.
         """
         ...
 

@@ -100,13 +100,13 @@ class RawSource:
                 yield extent
             start = found[-1].end
 
-    async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+    async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
         """See ``Source.read_into``. At most as many calls run at once as there are workers."""
         if sum(extent.length for extent in extents) != len(view):
             raise ValueError(f"extents and memory of {len(view)} bytes differ in length")
         if any(not 0 <= extent.offset < extent.end <= self.size_bytes for extent in extents):
             raise ValueError(f"an extent is outside a disk of {self.size_bytes} bytes")
-        await self._call(self._read, extents, view)
+        return await self._call(self._read, extents, view, then)
 
     async def fingerprint(self) -> str:
         """See ``Source.fingerprint``: size and times of a file.
@@ -184,7 +184,7 @@ class RawSource:
             raise _shrank(self.name, self.size_bytes, size)
         return _Identity(found.st_mtime_ns, found.st_ctime_ns)
 
-    def _read(self, extents: Sequence[Extent], view: memoryview) -> None:
+    def _read(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
         position = 0
         for extent in extents:
             part = view[position : position + extent.length]
@@ -195,6 +195,7 @@ class RawSource:
                 raise self._read_failed(extent.offset, extent.end, error) from error
             if count < extent.length:
                 raise _shrank(self.name, self.size_bytes, extent.offset + count)
+        return then()
 
     def _map(self, start: int) -> list[Extent]:
         """The next extents from ``start``: at least one, at most about ``EXTENTS_A_CALL``.

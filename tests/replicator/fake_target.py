@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Self
+from typing import Self, TypeVar
 
 from xxhash import xxh3_128_digest
 
@@ -45,6 +45,7 @@ from replicator.workers import Workers
 from tests.replicator.pipeline import HANGS_S, MIB, Peer, Reset, Site
 from tests.replicator.pipeline import memory as remember
 
+T = TypeVar("T")
 SEED = 0x5EED
 SESSION = bytes(range(16))
 
@@ -249,7 +250,7 @@ class MemorySource:
         if position < self.size_bytes:
             yield Extent(position, self.size_bytes - position)
 
-    async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+    async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
         position = 0
         self.reading += 1
         try:
@@ -260,6 +261,7 @@ class MemorySource:
                     raise SourceError("source.read_failed", "bad sector", cause="age", fix="a new disk")
                 view[position : position + extent.length] = self.data[extent.offset : extent.end]
                 position += extent.length
+            return then()
         finally:
             self.reading -= 1
 

@@ -2,8 +2,9 @@
 
 import itertools
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -18,8 +19,8 @@ from replicator.differ import Difference, Window, compared, everything, windows
 from replicator.digest import BLOCK_BYTES, DIGEST_BYTES, FINE_BYTES, digests_of
 from replicator.extents import Coverage
 from replicator.packing import pack
-from replicator.workers import Workers
 
+T = TypeVar("T")
 SEED = 7
 GIB = 1024 * MIB
 
@@ -42,9 +43,10 @@ class ModelSource:
                 first = max(extent.offset, start)
                 yield Extent(first, extent.end - first, extent.zero)
 
-    async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+    async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
         assert self.content is not None
         view[:] = b"".join(self.content[extent.offset : extent.end] for extent in extents)
+        return then()
 
     async def fingerprint(self) -> str:
         return "same"
@@ -54,12 +56,6 @@ class ModelSource:
 
     async def close(self) -> None:
         pass
-
-
-@pytest.fixture
-def workers() -> Iterator[Workers]:
-    with Workers(2) as made:
-        yield made
 
 
 def touching(lengths: Sequence[tuple[int, bool]]) -> list[Extent]:
@@ -207,7 +203,7 @@ def changed_disk(seed: int, sectors: int, share: float, hole_share: float) -> tu
 @pytest.mark.parametrize("hole_share", [0.0, 0.3])
 @pytest.mark.parametrize("sectors", [1, 8 * 1024 + 3, 40_000])
 async def test_target_and_what_is_said_make_the_source(
-    workers: Workers, seed: int, share: float, hole_share: float, sectors: int
+    seed: int, share: float, hole_share: float, sectors: int
 ) -> None:
     source, old = changed_disk(seed, sectors, share, hole_share)
     new = source.content
@@ -215,7 +211,7 @@ async def test_target_and_what_is_said_make_the_source(
     model, pool = Model(bytearray(old)), BufferPool(1 << 24)
     rows, matched = bytearray(-(-len(new) // BLOCK_BYTES) * DIGEST_BYTES), 0
     for window in await all_windows(source, Coverage()):
-        difference = await compared(window, source, model.theirs, model.ask, pool, workers, SEED)
+        difference = await compared(window, source, model.theirs, model.ask, pool, SEED)
         for start, digests in difference.equal.rows:
             at = start // BLOCK_BYTES * DIGEST_BYTES
             rows[at : at + len(digests)] = digests
@@ -235,7 +231,7 @@ async def test_target_and_what_is_said_make_the_source(
     assert matched == 0
 
 
-async def test_few_differences_are_looked_at_twice_and_only_where_there_is_data(workers: Workers) -> None:
+async def test_few_differences_are_looked_at_twice_and_only_where_there_is_data() -> None:
     """A disk that was wiped at the source is said as zeros; the target need not read it in 4 KiB."""
     size = 64 * BLOCK_BYTES
     old = bytearray(random.Random(1).randbytes(size))
@@ -246,13 +242,13 @@ async def test_few_differences_are_looked_at_twice_and_only_where_there_is_data(
     source = ModelSource([Extent(0, hole.offset), hole, Extent(hole.end, size - hole.end)], bytes(new))
     model, pool = Model(old), BufferPool(1 << 24)
     (window,) = await all_windows(source, Coverage())
-    difference = await compared(window, source, model.theirs, model.ask, pool, workers, SEED)
+    difference = await compared(window, source, model.theirs, model.ask, pool, SEED)
     assert model.asked == [((Interval(9 * BLOCK_BYTES, 10 * BLOCK_BYTES),), FINE_BYTES)]
     model.apply(source, difference, window, pool)
     assert model.content == new
 
 
-async def test_several_differences_in_one_long_extent_are_all_said(workers: Workers) -> None:
+async def test_several_differences_in_one_long_extent_are_all_said() -> None:
     old = bytearray(random.Random(1).randbytes(64 * BLOCK_BYTES + SECTOR_BYTES))
     new = bytearray(old)
     for block in (0, 9, 10, 40, 64):
@@ -260,15 +256,15 @@ async def test_several_differences_in_one_long_extent_are_all_said(workers: Work
     source = ModelSource([Extent(0, len(new))], bytes(new))
     model, pool = Model(old), BufferPool(1 << 24)
     for window in await all_windows(source, Coverage()):
-        difference = await compared(window, source, model.theirs, model.ask, pool, workers, SEED)
+        difference = await compared(window, source, model.theirs, model.ask, pool, SEED)
         model.apply(source, difference, window, pool)
     assert model.content == new
     assert model.said.covered_bytes == 4 * FINE_BYTES + SECTOR_BYTES
 
 
-async def test_memory_comes_back_when_the_source_fails(workers: Workers) -> None:
+async def test_memory_comes_back_when_the_source_fails() -> None:
     class Failing(ModelSource):
-        async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+        async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
             raise OSError
 
     source, pool = Failing([Extent(0, MIB)]), BufferPool(1 << 24)
@@ -280,7 +276,6 @@ async def test_memory_comes_back_when_the_source_fails(workers: Workers) -> None
             model.theirs,
             model.ask,
             pool,
-            workers,
             SEED,
         )
     assert pool.taken == 0

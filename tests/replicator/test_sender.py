@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from xxhash import xxh3_64_intdigest
@@ -62,6 +63,8 @@ from tests.replicator.pipeline import (
 )
 from tests.replicator.pipeline import memory as remember
 
+T = TypeVar("T")
+
 FRAME_BYTES = HEADER_BYTES + 16 + MIB  # of incompressible data: header, one extent, a MiB
 FINE_OVERHEAD = HEADER_BYTES + 4 * 16  # of a frame with a block or two
 
@@ -98,6 +101,18 @@ async def test_what_arrives_is_what_was_read(
         assert not outcome.changed and outcome.recovery_point == NO_ID
         assert sender._parts.pool.taken == 0
         await until(lambda: not fake.tasks)  # every stream was closed
+
+
+@pytest.mark.parametrize("level", [0, 1])
+async def test_memory_of_frames_that_are_sent_is_used_again(
+    tmp_path: Path, workers: Workers, level: int
+) -> None:
+    fake = FakeTarget(tmp_path)
+    async with fake.listening():
+        sender = fake.sender(workers, level=level)
+        await sender.send("group", [to_send(MemorySource(noise(96 * MIB)))])
+        assert len(fake.frames) == 96
+        assert sender._parts.pool.made <= 32  # packers, queue and streams: each holds one at a time
 
 
 async def test_open_and_seal_say_what_is_sent(tmp_path: Path, workers: Workers) -> None:
@@ -264,10 +279,10 @@ async def test_a_grant_that_comes_late_takes_nothing_away(tmp_path: Path, worker
     class Gated(MemorySource):
         """Gives its first MiB, and the rest when it may."""
 
-        async def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+        async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
             if extents[0].offset:
                 await may_read.wait()
-            await super().read_into(extents, view)
+            return await super().read_into(extents, view, then)
 
     may_read = asyncio.Event()
     fake = Stingy(tmp_path, credit=FRAME_BYTES)

@@ -32,7 +32,7 @@ def digest_of(workers: Workers) -> Callable[[Path], Coroutine[Any, Any, str]]:
     async def digest(path: Path) -> str:
         source = await RawSource.open(Files(), workers, path)
         try:
-            return await content_digest(source, workers)
+            return await content_digest(source)
         finally:
             await source.close()
 
@@ -126,7 +126,7 @@ class Scattered:
         for first, end in zip([0, *self._bounds], [*self._bounds, self.size_bytes], strict=True):
             yield Extent(first, end - first, not any(self._data[first:end]))
 
-    async def read_into(self, extents, view: memoryview) -> None:
+    async def read_into(self, extents, view: memoryview, then):
         if self._fails:
             raise SourceError("source.read_failed", "no", cause="no", fix="no")
         position = 0
@@ -134,6 +134,7 @@ class Scattered:
             view[position : position + extent.length] = self._data[extent.offset : extent.end]
             position += extent.length
             self.read += extent.length
+        return then()
 
     async def fingerprint(self) -> str:
         return ""
@@ -144,19 +145,17 @@ class Scattered:
     async def close(self) -> None: ...
 
 
-async def test_where_extents_begin_and_end_makes_no_difference(
-    tmp_path: Path, digest_of, workers: Workers, seed: int
-) -> None:
+async def test_where_extents_begin_and_end_makes_no_difference(tmp_path: Path, digest_of, seed: int) -> None:
     data = content(seed)
     expected = await digest_of(sparse(tmp_path / "a", data))
     chance = random.Random(seed)
     for _ in range(20):
         bounds = sorted(chance.sample(range(512, SIZE, 512), chance.randrange(1, 40)))
         source = Scattered(data, bounds)
-        assert await content_digest(source, workers) == expected
+        assert await content_digest(source) == expected
         assert source.read <= SIZE + CHUNK_BYTES  # no chunk is read twice
 
 
-async def test_a_disk_that_cannot_be_read_has_no_digest(workers: Workers) -> None:
+async def test_a_disk_that_cannot_be_read_has_no_digest() -> None:
     with ends(SourceError, "source.read_failed"):
-        await content_digest(Scattered(b"x" * 4096, [512], fails=True), workers)
+        await content_digest(Scattered(b"x" * 4096, [512], fails=True))

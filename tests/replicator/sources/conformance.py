@@ -5,6 +5,7 @@ Not here: how sources of one kind find their holes, fail or refuse to open.
 
 import asyncio
 import random
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,9 +62,13 @@ async def extents_of(source: Source, start: int = 0) -> list[Extent]:
     return [extent async for extent in source.extents(start)]
 
 
+def nothing() -> None:
+    pass
+
+
 async def read(source: Source, offset: int, length: int) -> bytes:
     found = bytearray(b"\xa5" * length)
-    await source.read_into([Extent(offset, length)], memoryview(found))
+    await source.read_into([Extent(offset, length)], memoryview(found), nothing)
     return bytes(found)
 
 
@@ -141,10 +146,26 @@ class SourceConformance:
             for first in (choose.randrange(sectors) for _ in range(300))
         ]
         found = bytearray(sum(extent.length for extent in extents) + 2)
-        await source.read_into(extents, memoryview(found)[1:-1])
+        await source.read_into(extents, memoryview(found)[1:-1], nothing)
         assert found[1:-1] == b"".join(disk.content[extent.offset : extent.end] for extent in extents)
         assert found[0] == found[-1] == 0
-        await source.read_into([], memoryview(b""))
+        await source.read_into([], memoryview(b""), nothing)
+        await source.close()
+
+    async def test_what_follows_a_read_has_its_bytes_and_leaves_the_event_loop_alone(
+        self, disk: Disk
+    ) -> None:
+        source = await disk.open()
+        found = bytearray(SECTOR_BYTES)
+        here = threading.get_ident()
+
+        def then() -> tuple[bytes, bool]:
+            return bytes(found), threading.get_ident() == here
+
+        answer = await source.read_into([Extent(0, SECTOR_BYTES)], memoryview(found), then)
+        assert answer == (disk.content[:SECTOR_BYTES], False)
+        with pytest.raises(ZeroDivisionError):
+            await source.read_into([Extent(0, SECTOR_BYTES)], memoryview(found), lambda: 1 // 0)
         await source.close()
 
     async def test_extents_can_be_left_in_the_middle(self, disk: Disk) -> None:
@@ -167,7 +188,7 @@ class SourceConformance:
     async def test_memory_that_does_not_fit_the_extents_is_refused(self, disk: Disk, length: int) -> None:
         source = await disk.open()
         with pytest.raises(ValueError, match="length"):
-            await source.read_into([Extent(0, SECTOR_BYTES)], memoryview(bytearray(length)))
+            await source.read_into([Extent(0, SECTOR_BYTES)], memoryview(bytearray(length)), nothing)
         await source.close()
 
     @pytest.mark.parametrize("start", [-512, 1, 511])

@@ -14,7 +14,7 @@ from protocol.payload import Extent
 from replicator.files import Files
 from replicator.sources.raw import RawSource
 from tests.real_disks import loop_device
-from tests.replicator.sources.conformance import extents_of, read, refused
+from tests.replicator.sources.conformance import extents_of, nothing, read, refused
 
 NOBODY = 65534
 MIB = 1 << 20
@@ -210,7 +210,7 @@ async def test_a_cancelled_read_ends_before_its_buffer_is_free(path: Path, worke
     gate = Gate("preadv")
     source = await RawSource.open(gate, workers, path)
     buffer = bytearray(512)
-    reading = asyncio.create_task(source.read_into([Extent(0, 512)], memoryview(buffer)))
+    reading = asyncio.create_task(source.read_into([Extent(0, 512)], memoryview(buffer), nothing))
     await gate.reached_by(reading)
     for _ in range(3):
         reading.cancel()
