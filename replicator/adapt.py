@@ -1,9 +1,10 @@
 """Picks the compression of the next frame from what was seen so far.
 
-Pure: observations in, a level out. ``auto`` is simple in this version. A send queue that is full says that
-the line is the limit: compress harder. An empty one says that our CPU is: compress less, down to not at all.
-Between them the level stays, and it moves one step at a time, after several frames that agree, so that one
-burst changes nothing.
+Pure: observations in, a level out; time is an argument. ``auto`` climbs towards the highest rate. The send
+queue says which way to try: a full one means that what is behind it is the limit (the line, TLS, the target),
+so harder compression may pay; an empty one that our CPU is. Whether it did pay only the rate tells: a level
+is kept if it moved noticeably more of the disk a second than the one before, and after trials that failed the
+next one waits longer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 from typing import Protocol
 
 LEVELS = (0, 1, 3, 6, 9)  # 0: raw. Each step costs about twice the CPU of the one before
-AGREEING = 8  # frames: some 8 MiB
+PERIOD_S = 0.2  # long enough for a rate, short against a send
+PERIOD_FRAMES = 16
+SETTLING_FRAMES = 24  # after a change: what was packed before it is still on its way
+GAIN = 1.05  # what counts as faster
+PATIENCE_MAX = 64  # periods between trials
 
 
 class Level(Protocol):
@@ -22,8 +27,11 @@ class Level(Protocol):
         """Zstd level for the next frame; 0 is raw."""
         ...
 
-    def observe(self, queued: int, room: int) -> None:
-        """The state of the send queue as a frame becomes ready."""
+    def observe(self, queued: int, room: int, size: int, now: float) -> None:
+        """A frame of ``size`` bytes of disk is ready; the send queue holds ``queued`` of ``room`` frames.
+
+        ``now``: monotonic seconds.
+        """
         ...
 
 
@@ -33,7 +41,7 @@ class FixedLevel:
     def __init__(self, level: int) -> None:
         self.level = level
 
-    def observe(self, queued: int, room: int) -> None:
+    def observe(self, queued: int, room: int, size: int, now: float) -> None:
         """Nothing to learn."""
 
 
@@ -42,17 +50,51 @@ class AutoLevel:
 
     def __init__(self) -> None:
         self._step = 1
-        self._votes = 0
+        self._before: int | None = None  # the step that a trial has left
+        self._rate = 0.0  # bytes of disk a second, without a trial
+        self._pause = 0  # periods until the next trial
+        self._patience = 1
+        self._settling = SETTLING_FRAMES
+        self._began = 0.0
+        self._bytes = self._frames = self._balance = 0
 
     @property
     def level(self) -> int:
         """Zstd level for the next frame; 0 means raw."""
         return LEVELS[self._step]
 
-    def observe(self, queued: int, room: int) -> None:
-        """The send queue holds ``queued`` frames of ``room`` at the moment that another one is ready."""
-        vote = 1 if queued >= room else -1 if queued == 0 else 0
-        self._votes = self._votes + vote if vote and self._votes * vote >= 0 else vote
-        if abs(self._votes) >= AGREEING:
-            self._step = min(max(self._step + vote, 0), len(LEVELS) - 1)
-            self._votes = 0
+    def observe(self, queued: int, room: int, size: int, now: float) -> None:
+        """See ``Level.observe``."""
+        if self._settling:
+            self._settling -= 1
+            self._began = now
+            return
+        self._bytes += size
+        self._frames += 1
+        self._balance += (queued >= room) - (queued == 0)
+        if now - self._began >= PERIOD_S and self._frames >= PERIOD_FRAMES:
+            self._judge(self._bytes / (now - self._began), self._balance)
+            self._began = now
+            self._bytes = self._frames = self._balance = 0
+
+    def _judge(self, rate: float, balance: int) -> None:
+        """A period is over."""
+        if self._before is not None:
+            faster = rate > self._rate * GAIN
+            self._patience = 1 if faster else min(2 * self._patience, PATIENCE_MAX)
+            self._pause = 0 if faster else self._patience
+            if not faster:
+                self._go_to(self._before)
+            self._before = None
+            if not faster:
+                return
+        self._rate = rate
+        self._pause -= 1
+        direction = (balance > 0) - (balance < 0)
+        if self._pause < 0 and 0 <= self._step + direction < len(LEVELS) and direction:
+            self._before = self._step
+            self._go_to(self._step + direction)
+
+    def _go_to(self, step: int) -> None:
+        self._step = step
+        self._settling = SETTLING_FRAMES

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from protocol.constants import ID_BYTES
 from protocol.messages import NO_ID, Consistency, Hello, Mode, Open, OpenDisk, Opened, Welcome
 from replicator import __version__
+from replicator.adapt import Level
 from replicator.buffers import BufferPool
 from replicator.digest import BLOCK_BYTES
 from replicator.errors import PeerError
 from replicator.extents import Coverage
 from replicator.sender_state import GroupMemory, GroupRecord
-from replicator.sending import Level, Progress, SendingDisk, SendingEpoch, SendingParts
+from replicator.sending import Progress, SendingDisk, SendingEpoch, SendingParts
 from replicator.sources.base import Source
 from replicator.transport.stream import Stream
 from replicator.workers import Workers

@@ -16,7 +16,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from zstandard import ZstdCompressor
 
@@ -36,6 +35,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.payload import new_compressor
+from replicator.adapt import Level
 from replicator.asking import Questions
 from replicator.buffers import BufferPool
 from replicator.differ import Difference, Window, compared, everything, windows
@@ -52,19 +52,6 @@ from replicator.workers import Workers
 QUEUE_FRAMES = 8  # packed and not yet sent: 8 MiB at the most
 PACKERS_A_THREAD = 2  # while one waits for digests from far away, another computes
 VERDICT_S = 1.0  # how long a lost data stream waits for the control stream to say why
-
-
-class Level(Protocol):
-    """What picks the compression: ``adapt.py``."""
-
-    @property
-    def level(self) -> int:
-        """Zstd level for the next frame; 0 is raw."""
-        ...
-
-    def observe(self, queued: int, room: int) -> None:
-        """The state of the send queue as a frame becomes ready."""
-        ...
 
 
 @dataclass(slots=True)
@@ -191,6 +178,7 @@ class SendingEpoch:
     async def _pack(self) -> None:
         """Take one window after the other; several of these run side by side."""
         compressors: dict[int, ZstdCompressor] = {}
+        loop = asyncio.get_running_loop()
         while True:
             async with self._cutting:
                 job = await anext(self._windows, None)
@@ -206,7 +194,8 @@ class SendingEpoch:
                 if level and level not in compressors:
                     compressors[level] = new_compressor(level)
                 packed = await self._packed(disk, piece, difference, compressors.get(level))
-                self._parts.level.observe(self._queue.qsize(), QUEUE_FRAMES)
+                queued, now = self._queue.qsize(), loop.time()
+                self._parts.level.observe(queued, QUEUE_FRAMES, piece.raw_bytes, now)
                 try:
                     await self._queue.put((disk, packed))
                 except asyncio.CancelledError:

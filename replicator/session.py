@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.connection import Body, Data
-from protocol.constants import HEADER_BYTES, STREAMS_MAX
+from protocol.constants import HEADER_BYTES, MIB, STREAMS_MAX
 from protocol.errors import RemoteProtocolError
 from protocol.header import Flags, Header
 from protocol.messages import (
@@ -51,6 +51,7 @@ from replicator.workers import Workers
 log = logging.getLogger(__name__)
 
 ACK_INTERVALS = 16 * 1024  # a quarter of a MiB: no ACK comes near the limit of a control message
+COMMIT_BYTES = 8 * MIB  # a sync costs the disk a flush: not for every frame while more are at hand
 REQUESTS_MAX = 64  # a sender asks for windows of a disk, a few ahead
 _LISTENING = (State.OPEN, State.SEALING)  # where ACK and DIGESTS are allowed
 DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk: small enough to come while the next are read
@@ -94,6 +95,11 @@ class Written:
     disk: ReceivingDisk
     header: Header
 
+    @property
+    def wire_bytes(self) -> int:
+        """What it cost of the credit."""
+        return HEADER_BYTES + self.header.body_len
+
 
 class Session:
     """One epoch of one group, from OPEN to its end."""
@@ -116,6 +122,7 @@ class Session:
         self._queue: asyncio.Queue[tuple[ReceivingDisk, Data]] = asyncio.Queue()
         self._asked: asyncio.Queue[DigestsWanted] = asyncio.Queue(REQUESTS_MAX)
         self._written: list[Written] = []
+        self._writing = 0
         self._commit = asyncio.Event()
         self._pending: dict[int, Coverage] = {}
         self._sequence = 0
@@ -239,6 +246,7 @@ class Session:
 
         while True:
             disk, data = await self._queue.get()
+            self._writing += 1
             raw = pool.take(data.header.raw_len) if data.header.flags & Flags.ZSTD else None
             try:
                 await workers.run(store, disk.image, data, raw.view if raw else None)
@@ -248,8 +256,11 @@ class Session:
                 if raw is not None:
                     pool.give(raw)
                 self._parts.give(data.body)
+            self._writing -= 1
             self._written.append(Written(disk, data.header))
-            self._commit.set()
+            idle = not self._writing and self._queue.empty()
+            if idle or sum(written.wire_bytes for written in self._written) >= COMMIT_BYTES:
+                self._commit.set()
 
     async def _sync_and_acknowledge(self) -> None:
         """Group commit: one sync per disk under way at a time, for all that was written before it began."""
@@ -263,7 +274,7 @@ class Session:
                 disk.durable.add(header.cover_start, header.cover_end)
                 pending = self._pending.setdefault(disk.number, Coverage())
                 pending.add(header.cover_start, header.cover_end)
-            self._share.release(sum(HEADER_BYTES + written.header.body_len for written in batch))
+            self._share.release(sum(written.wire_bytes for written in batch))
             if self._control.state is not State.CLOSED:
                 await self._control.drain()  # a sender that reads no ACKs gets no more of them, and no credit
             self._acknowledge()
