@@ -157,15 +157,17 @@ class Connection:
         self._events.append(End(self.state, partial=self._frame_at is not None))
         self._close()
 
-    def tick(self, now: float) -> None:
-        """Let time pass; call about once a second. May queue a PING.
+    def tick(self, now: float) -> float:
+        """Let time pass; may queue a PING. Returns in how many seconds silence has its next consequence.
+
+        Call it then, and about once a second for frames that trickle in.
 
         Raises:
             PeerSilent: the peer is dead, or did not say in time what this state waits for.
             RemoteProtocolError: a frame trickles in more slowly than any line would bring it.
         """
         if self.state is State.CLOSED:
-            return
+            return DEAD_AFTER_S
         silent_s = now - self._heard_at
         if self.state in ACCEPTED:
             if silent_s >= DEAD_AFTER_S:
@@ -186,6 +188,8 @@ class Connection:
                 )
                 self._refuse(error)
                 raise error
+        limit_s = DEADLINE_S.get(self.state, DEAD_AFTER_S if self._asked else PING_AFTER_S)
+        return max(limit_s - silent_s, 0.0)
 
     # -- out -------------------------------------------------------------------------------------------------
 

@@ -312,10 +312,9 @@ class Stream(asyncio.BufferedProtocol):
         connection = self._connection
         if connection is None:
             return
-        self._timer = self._loop.call_later(TICK_S, self._tick)
         state = connection.state
         try:
-            connection.tick(self._clock.monotonic_s())
+            due_s = connection.tick(self._clock.monotonic_s())
         except PeerSilent as error:
             self._fail_with(failures.silent(self.peer_address, state, error))
             self.abort()
@@ -324,6 +323,7 @@ class Stream(asyncio.BufferedProtocol):
             self._flush()
             self._close_transport()
         else:
+            self._timer = self._loop.call_later(min(due_s, TICK_S), self._tick)
             self._flush()
 
     def _fail_with(self, error: ReplicatorError) -> None:

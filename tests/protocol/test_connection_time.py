@@ -59,6 +59,16 @@ def test_a_whole_frame_before_the_end_still_counts() -> None:
 # ------------------------------------------------------------------ time
 
 
+def test_a_tick_says_when_silence_has_its_next_consequence() -> None:
+    connection = at(Role.SENDER, State.OPEN)
+    assert connection.tick(1.0) == PING_AFTER_S - 1.0
+    assert connection.tick(PING_AFTER_S) == DEAD_AFTER_S - PING_AFTER_S
+    assert connection.tick(14.5) == 0.5
+    waiting = at(Role.RECEIVER, State.START)
+    assert waiting.tick(1.0) == DEADLINE_S[State.START] - 1.0
+
+
+
 @pytest.mark.parametrize(
     ("role", "state"), [(role, state) for role in Role for state in TABLES[role] if state in ACCEPTED]
 )
