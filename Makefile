@@ -13,6 +13,7 @@ LOCK_ARGS ?=
 # Named after what was installed and where: the same files again cost nothing, a changed pin or a
 # moved checkout installs again.
 STAMP := $(VENV)/.stamp-$(shell { pwd; cat requirements/dev.txt pyproject.toml; } | sha256sum | cut -c1-16)
+BENCH_STAMP := $(VENV)/.stamp-bench-$(shell sha256sum <requirements/bench.txt | cut -c1-16)
 CODE := $(wildcard protocol replicator agents bench tests)
 PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -62,8 +63,14 @@ lint: setup ## ruff and mypy --strict: seconds
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy --strict $(CODE)
 
-bench: setup ## the benchmark table on this machine
-	$(BIN)/python -m bench $(ARGS)
+bench: setup $(BENCH_STAMP) ## the benchmark table on this machine: 20 minutes (ARGS="--quick": 3)
+	@.ci/peers --bench
+	@$(BIN)/replicator bench --output bench/results/bench.json --plot bench/results $(ARGS)
+
+$(BENCH_STAMP): $(STAMP)
+	@rm -f $(VENV)/.stamp-bench-*
+	$(PIP_INSTALL) --require-hashes -r requirements/bench.txt
+	@touch $@
 
 docs: setup ## draw the state tables of the code into protocol/SPEC.md again
 	$(BIN)/python -m protocol.diagrams --write
@@ -71,6 +78,7 @@ docs: setup ## draw the state tables of the code into protocol/SPEC.md again
 lock: setup ## compile requirements/*.in to pins with hashes (LOCK_ARGS=--upgrade for newer versions)
 	$(PIP_COMPILE) --output-file requirements/runtime.txt requirements/runtime.in
 	$(PIP_COMPILE) --output-file requirements/dev.txt requirements/dev.in
+	$(PIP_COMPILE) --output-file requirements/bench.txt requirements/bench.in
 
 clean: ## remove environments, fetched parts, caches and build leftovers
 	rm -rf $(VENV) .peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
