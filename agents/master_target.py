@@ -17,6 +17,7 @@ from replicator.clock import Clock
 from replicator.enrolment import Enrolment
 from replicator.errors import TrustError
 from replicator.files import Files
+from replicator.groups import Groups
 from replicator.images.directory import ImageDirectory
 from replicator.private_directory import PrivateDirectory
 from replicator.receiver import Receiver
@@ -57,6 +58,7 @@ class MasterTarget:
         self._clock = clock
         self._files = files
         self._images: ImageDirectory | None = None
+        self._groups: Groups | None = None
         self._acceptor: Acceptor | None = None
 
     async def start(self) -> tuple[Address, str]:
@@ -78,7 +80,9 @@ class MasterTarget:
             workers=self._workers,
             is_revoked=lambda _: False,  # a master target of its own has no list: its owner makes it anew
         )
-        receiver = Receiver(self._images, self._workers, authority.hash_seed, identify)
+        self._groups = Groups(self._images, retention, self._workers, authority.hash_seed, self._clock)
+        await self._groups.start()
+        receiver = Receiver(self._groups, self._workers, authority.hash_seed, identify)
         self._acceptor = Acceptor(
             OwnContext(authority, self._clock),
             {
@@ -94,6 +98,8 @@ class MasterTarget:
         """End all sessions and let go of everything. What was acknowledged is durable already."""
         if self._acceptor is not None:
             await self._acceptor.stop()
+        if self._groups is not None:
+            await self._groups.stop()
         if self._images is not None:
             await self._workers.run(self._images.close)
 

@@ -17,7 +17,7 @@ from replicator.enrolment import join, keep_fresh
 from replicator.errors import TrustError
 from replicator.files import Files
 from replicator.identity import Identities, Identity
-from replicator.images.directory import check_disk
+from replicator.images.catalogue import check_disk
 from replicator.private_directory import PrivateDirectory
 from replicator.retrying import keep_trying
 from replicator.sender import DiskToSend, Outcome, Sender
@@ -102,6 +102,13 @@ async def send(
                 outcome = await keep_trying(
                     partial(link.send, disks), link.met, tell, clock, config.give_up_after_s
                 )
+                await keep_trying(
+                    partial(link.settled, disks, outcome.epoch),
+                    link.met,
+                    tell,
+                    clock,
+                    config.give_up_after_s,
+                )
             finally:
                 await workers.run(link.close)
                 await source.close()
@@ -169,6 +176,11 @@ class _Link:
         identities = Identities(PrivateDirectory(self._files, config.state))
         await self._workers.run(identities.remember, self._identity, str(config.to))
         return outcome
+
+    async def settled(self, disks: Sequence[DiskToSend], epoch: bytes) -> None:
+        """Wait until the target's disks hold the epoch, not only its log. One try."""
+        if self._sender is not None:
+            await self._sender.settled(self._config.disk, disks, epoch)
 
     def close(self) -> None:
         """Let go of an epoch that could not be sealed. Blocks."""

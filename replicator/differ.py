@@ -2,12 +2,14 @@
 
 A window is some 16 MiB of data with the holes in between. In a full epoch all of it is said. Otherwise its
 digests are compared, with the map of the epoch before or with those that the target tells, and only blocks
-that differ are; in those, digests of 4 KiB decide once more (``packing.py``). Not here: frames and streams.
+that differ are; in those, digests of 4 KiB decide once more (``packing.py``). If somebody else has told what
+changed, only that is looked at. Not here: frames and streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from replicator.sources.base import Source
 
 WINDOW_DATA_BYTES = 16 * MIB
 WINDOW_SPAN_BYTES = 4096 * MIB  # of holes; 1 MiB of digests
+LOOK_BYTES = 16 * MIB  # asking for holes costs some milliseconds: reading less than this costs no more
 SCAN_BYTES = 2 * MIB  # read and digested in one go: the hand-over to a thread is paid for all of it
 
 Ask = Callable[[Sequence[Interval], int], Awaitable[bytes]]
@@ -36,7 +39,7 @@ Ask = Callable[[Sequence[Interval], int], Awaitable[bytes]]
 
 
 class Window(NamedTuple):
-    """A stretch of a disk and the touching extents that fill it."""
+    """A stretch of a disk and the touching extents that fill it, or those of it that may have changed."""
 
     cover: Interval
     extents: tuple[Extent, ...]
@@ -83,6 +86,37 @@ async def windows(source: Source, done: Coverage) -> AsyncIterator[Window]:
             yield _window(extents)
 
 
+async def listed_windows(
+    source: Source, done: Coverage, changed: Sequence[Interval]
+) -> AsyncIterator[Window]:
+    """As ``windows``, of a disk on which only the blocks ``changed`` can have changed.
+
+    Their extents alone fill a window, which covers what is between them too. ``changed``: whole blocks,
+    sorted, apart. The rest of the disk costs a window every ``WINDOW_SPAN_BYTES``.
+    """
+    for gap in list(done.gaps(0, source.size_bytes)):
+        first, extents, data = gap.start, list[Extent](), 0
+        async for found in _listed_extents(source, _clipped(changed, gap)):
+            position = found.offset
+            while position < found.end:
+                while position >= first + WINDOW_SPAN_BYTES:
+                    yield Window(Interval(first, first + WINDOW_SPAN_BYTES), tuple(extents))
+                    first, extents, data = first + WINDOW_SPAN_BYTES, [], 0
+                stop = min(found.end, first + WINDOW_SPAN_BYTES)
+                if not found.zero:
+                    stop = min(stop, _bound(position, WINDOW_DATA_BYTES - data))
+                extents.append(Extent(position, stop - position, found.zero))
+                data += 0 if found.zero else stop - position
+                position = stop
+                if data >= WINDOW_DATA_BYTES and stop % BLOCK_BYTES == 0:
+                    yield Window(Interval(first, stop), tuple(extents))
+                    first, extents, data = stop, [], 0
+        while first < gap.end:
+            stop = min(first + WINDOW_SPAN_BYTES, gap.end)
+            yield Window(Interval(first, stop), tuple(extents))
+            first, extents = stop, []
+
+
 def everything(window: Window) -> Difference:
     """All of a window is said: the target holds nothing that counts."""
     return Difference(tuple(_pieces(window, [window.cover])), {}, Digester(0), 0)
@@ -103,16 +137,34 @@ async def compared(
     """
     row = await theirs(window.cover)
     ours = await _digested(window, source, pool, seed)
+    return await _stated(window, list(differing(ours, row, *window.cover)), ours, ask)
+
+
+async def listed(window: Window, before: bytes | None, ask: Ask | None) -> Difference:
+    """The blocks of a window of ``listed_windows``; nothing is read for it.
+
+    Args:
+        window: what is outside its extents has not changed.
+        before: digests of what the target holds in the whole window, if they are known.
+        ask: None: nobody can be asked, so that the blocks are said as they are.
+
+    Raises:
+        Whatever ``ask`` raises.
+    """
+    said = list(Coverage((extent.offset, extent.end) for extent in window.extents).intervals())
+    return await _stated(window, said, before, ask)
+
+
+async def _stated(window: Window, said: Sequence[Interval], row: bytes | None, ask: Ask | None) -> Difference:
+    """These blocks of a window, after a closer look where they are few; ``row``: digests of all others."""
     start, end = window.cover
-    said = list(differing(ours, row, start, end))
     said_bytes = sum(stop - begin for begin, stop in said)
     fine: dict[int, bytes] = {}
-    close = _holding_data(window, said) if 2 * said_bytes <= end - start else []
-    if 0 < len(close) <= DIGEST_INTERVALS_MAX:
+    close = _holding_data(window, said) if ask is not None and 2 * said_bytes <= end - start else []
+    if ask is not None and 0 < len(close) <= DIGEST_INTERVALS_MAX:
         fine = dict(_by_block(close, await ask(close, FINE_BYTES)))
-    return Difference(
-        tuple(_pieces(window, said)), fine, _equal(ours, window.cover, said), end - start - said_bytes
-    )
+    equal = _equal(row, window.cover, said) if row is not None else Digester(0)
+    return Difference(tuple(_pieces(window, said)), fine, equal, end - start - said_bytes)
 
 
 async def _digested(window: Window, source: Source, pool: BufferPool, seed: int) -> bytes:
@@ -168,6 +220,26 @@ def _bound(position: int, room: int) -> int:
     """The last end of a block within ``room``, at least the next one: a window ends with a block."""
     behind = position + max(room, 0)
     return max(behind - behind % BLOCK_BYTES, position + BLOCK_BYTES - position % BLOCK_BYTES)
+
+
+def _clipped(intervals: Sequence[Interval], gap: Interval) -> Iterator[Interval]:
+    """What of sorted intervals lies in a gap."""
+    at = bisect_right(intervals, gap.start, key=lambda interval: interval.end)
+    while at < len(intervals) and intervals[at].start < gap.end:
+        yield Interval(max(intervals[at].start, gap.start), min(intervals[at].end, gap.end))
+        at += 1
+
+
+async def _listed_extents(source: Source, intervals: Iterable[Interval]) -> AsyncIterator[Extent]:
+    """The extents of these stretches: in long ones the source is asked for holes, short ones are read."""
+    for start, end in intervals:
+        if end - start < LOOK_BYTES:
+            yield Extent(start, end - start)
+            continue
+        async for found in source.extents(start):
+            yield Extent(found.offset, min(found.end, end) - found.offset, found.zero)
+            if found.end >= end:
+                break
 
 
 def _window(extents: Sequence[Extent]) -> Window:

@@ -51,6 +51,19 @@ class Coverage:
         self._starts[first:behind] = [start]
         self._ends[first:behind] = [end]
 
+    def remove(self, start: int, end: int) -> None:
+        """Take bytes [start, end) out; what of them is not there does not matter."""
+        if start >= end:
+            raise ValueError(f"interval [{start}, {end}) is empty")
+        first = bisect_right(self._ends, start)  # the first interval that ends behind start
+        behind = bisect_left(self._starts, end)
+        if first >= behind:
+            return
+        before, after = (self._starts[first], start), (end, self._ends[behind - 1])
+        kept = [(begin, stop) for begin, stop in (before, after) if begin < stop]
+        self._starts[first:behind] = [begin for begin, _ in kept]
+        self._ends[first:behind] = [stop for _, stop in kept]
+
     def relation(self, start: int, end: int) -> Relation:
         """Whether [start, end) is all new, all covered, or partly covered."""
         at = bisect_right(self._ends, start)  # the first interval that ends behind start

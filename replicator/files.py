@@ -51,6 +51,10 @@ class Files:
         """Write once at ``offset``; returns the bytes written, which may be fewer than given."""
         return os.pwrite(fd, data, offset)
 
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write ``buffers`` one behind the other, once; returns the bytes written, as ``pwrite``."""
+        return os.pwritev(fd, buffers, offset)
+
     def truncate(self, fd: int, size: int) -> None:
         """Set the size of a file; what is added reads as zeros."""
         os.ftruncate(fd, size)
@@ -71,9 +75,17 @@ class Files:
         """Make a file, or a directory's entries, durable. An error is final for the file: never retried."""
         os.fsync(fd)
 
+    def will_need(self, fd: int, offset: int, length: int) -> None:
+        """Have the kernel begin to read a range that is read soon; returns before it is there."""
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
     def drop_cache(self, fd: int) -> None:
         """Have what is read next come from the medium: the kernel forgets the file's clean pages."""
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def list_directory(self, dir_fd: int) -> list[str]:
+        """Names of all entries of the directory open at ``dir_fd``, in no order."""
+        return os.listdir(dir_fd)
 
     def rename(self, dir_fd: int, old: str, new: str) -> None:
         """Rename within one directory, replacing ``new``."""

@@ -15,7 +15,7 @@ from protocol.messages import Attach, Bye, Hello, Open, Welcome
 from replicator import __version__, refusals
 from replicator.buffers import Buffer, BufferPool
 from replicator.credit_pool import CreditPool
-from replicator.images.directory import ImageDirectory
+from replicator.groups import Groups
 from replicator.session import ReceivingParts, Session
 from replicator.transport.stream import Stream
 from replicator.workers import Workers
@@ -30,7 +30,7 @@ class Receiver:
     """Serves the data conversations of a daemon.
 
     Args:
-        directory: where the images are.
+        groups: what this master target holds.
         workers: threads for disk and CPU work.
         seed: the installation's hash seed.
         identify: peer certificate (DER) -> identity id; raises TrustError for what it does not accept.
@@ -39,14 +39,14 @@ class Receiver:
 
     def __init__(
         self,
-        directory: ImageDirectory,
+        groups: Groups,
         workers: Workers,
         seed: int,
         identify: Callable[[bytes], str],
         credit_bytes: int = CREDIT_BYTES,
     ) -> None:
         self.parts = ReceivingParts(
-            directory, workers, seed, CreditPool(credit_bytes), BufferPool(KEEP_BYTES), self._give
+            groups, workers, seed, CreditPool(credit_bytes), BufferPool(KEEP_BYTES), self._give
         )
         self._identify = identify
         self._sessions: dict[bytes, Session] = {}
@@ -87,15 +87,15 @@ class Receiver:
                     raise refusals.busy(wanted.group)
                 if older is not None:
                     await older.stop()
-                group = await self.parts.workers.run(self.parts.directory.open_group, peer, wanted)
+                group = await self.parts.groups.open(peer, wanted)
                 try:
                     session = Session(self.parts, stream, peer, group)
                 except BaseException:
-                    await self.parts.workers.run(group.close)
+                    group.leave()
                     raise
                 self._sessions[session.id] = self._groups[wanted.group] = session
-                ending.callback(self._forget, wanted.group, session)  # last: until then its images are locked
-                ending.push_async_callback(self.parts.workers.run, group.close)
+                ending.callback(self._forget, wanted.group, session)
+                ending.callback(group.leave)  # first: who is told that the session ended may open the group
             await session.run()
 
     def _forget(self, group: str, session: Session) -> None:

@@ -111,3 +111,13 @@ def bad_question(disk: int, block: int) -> PeerError:
         cause="a defect in the sender",
         fix="report it with the logs of both sides",
     )
+
+
+def unusable_epoch(group: str, epoch: bytes) -> PeerError:
+    """An epoch that is over, or none."""
+    return PeerError(
+        "epoch.unusable",
+        f"epoch {epoch.hex()} of group {group!r} cannot be begun or gone on with",
+        cause="the process server's state is older than what it has sent since: it was restored from a copy",
+        fix="remove that group's directory below its --state: the next send compares both sides",
+    )

@@ -7,23 +7,39 @@ target says is durable. Not here: the pipeline (``sending.py``), waiting between
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from protocol.constants import ID_BYTES
-from protocol.messages import NO_ID, Consistency, Hello, Mode, Open, OpenDisk, Opened, Welcome
+from protocol.messages import (
+    NO_ID,
+    Consistency,
+    Hello,
+    Interval,
+    Mode,
+    Open,
+    OpenDisk,
+    Opened,
+    Welcome,
+)
 from replicator import __version__
 from replicator.adapt import Level
 from replicator.buffers import BufferPool
+from replicator.changes import Changes
 from replicator.digest import BLOCK_BYTES
 from replicator.errors import PeerError
 from replicator.extents import Coverage
+from replicator.framing import Progress, SendingDisk, SendingParts
 from replicator.sender_state import GroupMemory, GroupRecord
-from replicator.sending import Progress, SendingDisk, SendingEpoch, SendingParts
+from replicator.sending import SendingEpoch, SourceMoved
 from replicator.sources.base import Source
 from replicator.transport.stream import Stream
 from replicator.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 AGENT = f"replicator {__version__}"
 STREAMS_DEFAULT = 4
@@ -32,10 +48,18 @@ KEEP_BYTES = 32 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class DiskToSend:
-    """A disk of the group."""
+    """A disk of the group.
+
+    Attributes:
+        name: at the target.
+        source: where it is read.
+        snapshot_ns: the moment whose content it shows, in ns since 1970 UTC: of its snapshot, or one since
+            which it has been at rest; 0: it may be written to while it is read.
+    """
 
     name: str
     source: Source
+    snapshot_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +69,8 @@ class Outcome:
     Attributes:
         epoch: its id.
         mode: what it had to say.
-        recovery_point: zeros, since nothing here is read from a snapshot yet.
+        recovery_point: the id of what the target made of it; zeros: none.
+        consistency: what a recovery point of it is worth; FUZZY for whatever changed while it was read.
         changed: the source may have changed while it was read.
         stale: an earlier run began the epoch, and the source may have changed since.
     """
@@ -53,6 +78,7 @@ class Outcome:
     epoch: bytes
     mode: Mode
     recovery_point: bytes
+    consistency: Consistency
     changed: bool
     stale: bool
 
@@ -81,6 +107,7 @@ class Sender:
         memory: what is remembered of the group.
         streams: data streams per session, 1 to 16.
         progress: counters to keep, for whoever shows them.
+        tell: takes a line for people.
 
     Attributes:
         welcomed: the target has let us in at least once.
@@ -94,6 +121,7 @@ class Sender:
         memory: GroupMemory,
         streams: int = STREAMS_DEFAULT,
         progress: Progress | None = None,
+        tell: Callable[[str], None] = _log.warning,
     ) -> None:
         self._parts = SendingParts(
             self._greet, workers, level, progress or Progress(), BufferPool(KEEP_BYTES)
@@ -101,16 +129,25 @@ class Sender:
         self._dial = dial
         self._memory = memory
         self._streams = streams
+        self._tell = tell
+        self._told = ""
         self._epoch: _Epoch | None = None
         self.welcomed = False
 
-    async def send(self, group: str, disks: Sequence[DiskToSend]) -> Outcome:
+    async def send(self, group: str, disks: Sequence[DiskToSend], changes: Changes | None = None) -> Outcome:
         """Bring the group's epoch to its seal, in one session.
+
+        ``changes``: what has changed, if somebody knows; used if the target is still at that epoch.
 
         Raises:
             SourceError, PeerError, TrustError, LinkError, StateError: what ended the session. Called again
                 with the same disks, it goes on with the same epoch.
         """
+        while True:
+            with suppress(SourceMoved):  # the next session's SEAL will say so
+                return await self._send(group, disks, changes)
+
+    async def _send(self, group: str, disks: Sequence[DiskToSend], changes: Changes | None) -> Outcome:
         workers = self._parts.workers
         self._parts.progress.size = sum(disk.source.size_bytes for disk in disks)
         record = await workers.run(self._memory.load)
@@ -119,7 +156,7 @@ class Sender:
         control, welcome = await self._greet()
         try:
             seed = control.connection.seed
-            opened = await self._open(control, group, epoch, record, seed)
+            opened = await self._open(control, group, epoch, record, changes)
             for disk in epoch.disks:
                 if disk.building is None:
                     disk.building = await workers.run(
@@ -133,12 +170,19 @@ class Sender:
             raise
         await control.close()
         await workers.run(self._finish, epoch)
-        return Outcome(sealed.epoch, opened.mode, sealed.recovery_point, changed, epoch.stale)
+        return Outcome(
+            sealed.epoch,
+            opened.mode,
+            sealed.recovery_point,
+            Consistency.FUZZY if changed or epoch.stale else consistency_of(epoch.disks),
+            changed,
+            epoch.stale,
+        )
 
     async def _begin(self, record: GroupRecord, disks: Sequence[DiskToSend]) -> _Epoch:
         """The epoch that an earlier run left, or a new one, remembered before anything is sent of it."""
         sources = {disk.name: await disk.source.fingerprint() for disk in disks}
-        sending = [SendingDisk(disk.name, disk.source) for disk in disks]
+        sending = [SendingDisk(disk.name, disk.source, disk.snapshot_ns) for disk in disks]
         if record.under_way != NO_ID and record.sources.keys() == sources.keys():
             stale = record.sources != sources or "" in sources.values()
             return _Epoch(record.under_way, sending, resumed=True, stale=stale)
@@ -147,36 +191,61 @@ class Sender:
         return _Epoch(epoch, sending, resumed=False, stale=False)
 
     async def _open(
-        self, control: Stream, group: str, epoch: _Epoch, record: GroupRecord, seed: int
+        self, control: Stream, group: str, epoch: _Epoch, record: GroupRecord, changes: Changes | None
     ) -> Opened:
-        """OPEN and its answer: numbers and what is durable of each disk."""
+        """OPEN and its answer: numbers and what is durable of each disk, and what is known of the others."""
         sizes = {disk.name: disk.source.size_bytes for disk in epoch.disks}
         _forget_maps(epoch)
         maps = {}
         if not epoch.resumed:
+            seed = control.connection.seed
             maps = await self._parts.workers.run(self._memory.open_maps, record, sizes, seed)
         for disk in epoch.disks:
             disk.known = maps.get(disk.name)
+        parent = record.sealed if maps else changes.since if changes is not None else NO_ID
         control.send(
             Open(
                 group,
                 assignment=b"",
                 epoch=epoch.id,
-                parent=record.sealed if maps else NO_ID,
-                mode=Mode.INCREMENTAL if maps else Mode.RESYNC,
-                consistency=Consistency.FUZZY,
+                parent=parent,
+                mode=Mode.INCREMENTAL if parent != NO_ID else Mode.RESYNC,
+                consistency=consistency_of(epoch.disks),
                 last_ack=0,
-                disks=tuple(OpenDisk(disk.name, disk.source.size_bytes) for disk in epoch.disks),
+                disks=tuple(
+                    OpenDisk(disk.name, disk.source.size_bytes, disk.snapshot_ns) for disk in epoch.disks
+                ),
             )
         )
         opened = await control.expect(Opened)
         _check_opened(opened, list(sizes.values()))
         if opened.sealed != record.sealed:
             _forget_maps(epoch)
+        listed = self._usable(changes, opened)
         for disk, answer in zip(epoch.disks, opened.disks, strict=True):
             disk.number = answer.disk
-            disk.durable = Coverage(answer.intervals)
+            disk.durable, disk.claimed = Coverage(answer.intervals), Coverage(answer.intervals)
+            disk.listed = listed.get(disk.name)
         return opened
+
+    def _usable(self, changes: Changes | None, opened: Opened) -> Mapping[str, Sequence[Interval]]:
+        """The changed blocks by disk, if the target holds just what they are said to be changes of."""
+        if changes is None:
+            return {}
+        if opened.sealed == changes.since and opened.mode is Mode.INCREMENTAL:
+            return changes.disks
+        since, sealed = changes.since.hex(), opened.sealed.hex()
+        why = f"they are since epoch {since}, " + (
+            "but the target's images were changed since or are new"
+            if opened.sealed == changes.since
+            else f"the target's newest is {sealed}"
+            if opened.sealed != NO_ID
+            else "the target has sealed none"
+        )
+        if why != self._told:
+            self._tell(f"the changed extents cannot be used: {why}; comparing instead")
+            self._told = why
+        return {}
 
     def _finish(self, epoch: _Epoch) -> None:
         """The epoch is sealed: its maps become the ones to believe. Blocks."""
@@ -197,6 +266,22 @@ class Sender:
                     disk.building.close()
         self._epoch = None
 
+    async def settled(self, group: str, disks: Sequence[DiskToSend], epoch: bytes) -> None:
+        """Wait until the images of the target hold a sealed epoch: before that it does not answer its OPEN.
+
+        Raises:
+            LinkError, PeerError, TrustError, TargetError: what ended the wait; the epoch stays sealed.
+        """
+        control, _ = await self._greet()
+        try:
+            asked = tuple(OpenDisk(disk.name, disk.source.size_bytes) for disk in disks)
+            control.send(Open(group, b"", epoch, NO_ID, Mode.RESYNC, Consistency.FUZZY, 0, asked))
+            await control.expect(Opened)
+        except BaseException:
+            control.abort()
+            raise
+        await control.close()
+
     async def _greet(self) -> tuple[Stream, Welcome]:
         """A stream on which the target has accepted us."""
         stream = await self._dial()
@@ -208,6 +293,14 @@ class Sender:
             raise
         self.welcomed = True
         return stream, welcome
+
+
+def consistency_of(disks: Iterable[DiskToSend | SendingDisk]) -> Consistency:
+    """What a recovery point of these disks is worth, by the moments that they show."""
+    moments = {disk.snapshot_ns for disk in disks}
+    if not moments or 0 in moments:
+        return Consistency.FUZZY
+    return Consistency.CRASH if len(moments) == 1 else Consistency.PER_DISK
 
 
 def _forget_maps(epoch: _Epoch) -> None:

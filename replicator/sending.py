@@ -3,21 +3,18 @@
 ::
 
     windows ─▶ packers: compare, read, zero test, compress ─▶ queue ─▶ N streams, as credit allows
-                                                   ACK ─▶ credit, progress ─▶ SEAL ─▶ SEALED
+       ▲                                 ACK ─▶ credit, progress ─▶ SEAL ─▶ SEALED
+       └──────── WANTED: a stretch that is to be sent again
 
 One TaskGroup. Memory is bounded by the packers and the queue, whatever the disk's size: a frame's buffer is
-free again as soon as TLS has copied it, and what a break loses is read again from the source. Not here:
-connecting again (``retrying.py``) and which epoch it is (``sender.py``).
+free again as soon as TLS has copied it, and what a break loses is read again from the source. Not here: how
+frames are made (``framing.py``), connecting again (``retrying.py``), and which epoch it is (``sender.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-
-from zstandard import ZstdCompressor
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from protocol.credit import SendWindow
 from protocol.messages import (
@@ -28,84 +25,31 @@ from protocol.messages import (
     Digests,
     DiskCoverage,
     Interval,
-    Mode,
     Opened,
     Seal,
     Sealed,
-    Welcome,
+    Wanted,
 )
-from protocol.payload import new_compressor
-from replicator.adapt import Level
+from protocol.state import State
 from replicator.asking import Questions
-from replicator.buffers import BufferPool
-from replicator.differ import Difference, Window, compared, everything, windows
+from replicator.differ import Window, listed_windows, windows
 from replicator.digest import BLOCK_BYTES
-from replicator.digest_map import DigestMap, DigestMapBuilder
 from replicator.errors import LinkError, PeerError, cause_of
-from replicator.extents import Coverage, Piece, Relation
+from replicator.extents import Coverage, Relation
 from replicator.failpoints import reach
-from replicator.packing import Packed, pack
-from replicator.sources.base import Source
+from replicator.framing import Framer, SendingDisk, SendingParts
+from replicator.framing import Progress as Progress
+from replicator.packing import Packed
 from replicator.transport.stream import Stream
-from replicator.workers import Workers
 
 QUEUE_FRAMES = 8  # packed and not yet sent: 8 MiB at the most
 PACKERS_A_THREAD = 2  # while one waits for digests from far away, another computes
 VERDICT_S = 1.0  # how long a lost data stream waits for the control stream to say why
+WANTED_MAX = 1000  # a session: a flipped bit is healed, a machine that flips them is not worked with
 
 
-@dataclass(slots=True)
-class Progress:
-    """Counters of a send, in bytes.
-
-    Attributes:
-        size: of all disks.
-        done: of it, what is durable at the target or was found equal; each byte once. Ends at ``size``.
-        read: from the source to be sent. zero: of it and of the holes, what is zero.
-        matched: found equal, so not sent.
-        sent: on the wire; resent: of it, what a break made necessary.
-    """
-
-    size: int = 0
-    done: int = 0
-    read: int = 0
-    zero: int = 0
-    matched: int = 0
-    sent: int = 0
-    resent: int = 0
-
-
-@dataclass(slots=True)
-class SendingDisk:
-    """A disk of the epoch under way, kept over all its sessions.
-
-    Attributes:
-        name: at the target.
-        source: where it is read.
-        known: what the target holds, if we know it without asking.
-        building: the map of this epoch.
-        number: assigned by the target.
-        durable: what the target has acknowledged; sent: what has gone out, in this process.
-    """
-
-    name: str
-    source: Source
-    known: DigestMap | None = None
-    building: DigestMapBuilder | None = None
-    number: int = 0
-    durable: Coverage = field(default_factory=Coverage)
-    sent: Coverage = field(default_factory=Coverage)
-
-
-@dataclass(frozen=True, slots=True)
-class SendingParts:
-    """What all epochs of a sender share; ``greet`` opens a stream on which the target has accepted us."""
-
-    greet: Callable[[], Awaitable[tuple[Stream, Welcome]]]
-    workers: Workers
-    level: Level
-    progress: Progress
-    pool: BufferPool
+class SourceMoved(Exception):
+    """The source changed after its copy was said to be at rest, and something had to be read again."""
 
 
 class SendingEpoch:
@@ -128,10 +72,15 @@ class SendingEpoch:
         self._window = SendWindow(opened.credit)
         self._credit = asyncio.Event()
         self._questions = Questions(control, {disk.number: disk.source.size_bytes for disk in disks})
-        self._windows = self._all_windows()
+        # As OPENED told: what is wanted again meanwhile must not be sent by the packers, too.
+        held = [Coverage(disk.durable.intervals()) for disk in disks]
+        self._windows = _all_windows(list(zip(disks, held, strict=True)))
         self._cutting = asyncio.Lock()
         self._queue: asyncio.Queue[tuple[SendingDisk, Packed]] = asyncio.Queue(QUEUE_FRAMES)
+        self._wanted: asyncio.Queue[tuple[SendingDisk, Interval]] = asyncio.Queue()
+        self._wanted_count = 0
         self._whole = asyncio.Event()
+        self._at_rest = False  # SEAL is out and promises that no disk has changed
         self._sealed: asyncio.Future[Sealed] = asyncio.get_running_loop().create_future()
         self._listener: asyncio.Task[None] | None = None
 
@@ -139,6 +88,10 @@ class SendingEpoch:
         """Send what is missing and have it sealed. True: the source changed meanwhile.
 
         ``stale``: it had changed before, since the epoch was begun.
+
+        Raises:
+            SourceMoved: it changed so late that SEAL no longer tells the truth: open the epoch again.
+            SourceError, PeerError, TrustError, LinkError: what ended the session.
         """
         streams: list[Stream] = []
         try:
@@ -149,14 +102,15 @@ class SendingEpoch:
                         attaching.create_task(self._attach(streams))
                 packers = PACKERS_A_THREAD * self._parts.workers.threads
                 background = [tasks.create_task(self._pack()) for _ in range(packers)]
+                background.append(tasks.create_task(self._pack_again()))
                 for stream in streams:
                     background.append(tasks.create_task(self._transmit(stream)))
                     background.append(tasks.create_task(self._watch(stream)))
                 self._count()
-                await self._whole.wait()
+                sealed, changed = await self._seal(stale)
                 for task in background:
                     task.cancel()
-                return await self._seal(stale)
+            return sealed, changed
         except BaseException as error:
             for stream in streams:  # a line that stalls shall not hold up whoever gives up
                 stream.abort()
@@ -169,83 +123,46 @@ class SendingEpoch:
 
     # -- out -----
 
-    async def _all_windows(self) -> AsyncGenerator[tuple[SendingDisk, Window], None]:
-        """What is to be looked at, disk after disk, made as it is consumed."""
-        for disk in self._disks.values():
-            async for window in windows(disk.source, disk.durable):
-                yield disk, window
-
     async def _pack(self) -> None:
         """Take one window after the other; several of these run side by side."""
-        compressors: dict[int, ZstdCompressor] = {}
-        loop = asyncio.get_running_loop()
+        framer = self._framer(self._parts.progress)
         while True:
             async with self._cutting:
                 job = await anext(self._windows, None)
             if job is None:
                 return
-            disk, window = job
-            difference = await self._difference(disk, window)
-            self._parts.progress.matched += difference.matched_bytes
-            if disk.building is not None:
-                await self._parts.workers.run(disk.building.take, difference.equal)
-            for piece in difference.pieces:
-                level = self._parts.level.level
-                if level and level not in compressors:
-                    compressors[level] = new_compressor(level)
-                packed = await self._packed(disk, piece, difference, compressors.get(level))
-                queued, now = self._queue.qsize(), loop.time()
-                self._parts.level.observe(queued, QUEUE_FRAMES, piece.raw_bytes, now)
-                try:
-                    await self._queue.put((disk, packed))
-                except asyncio.CancelledError:
-                    self._give(packed)
-                    raise
+            await self._pack_window(framer, *job)
 
-    async def _difference(self, disk: SendingDisk, window: Window) -> Difference:
-        if self._opened.mode is Mode.FULL:
-            return everything(window)
-        known, workers = disk.known, self._parts.workers
+    async def _pack_again(self) -> None:
+        """Take what the target wants again. It is sent twice, but read and matched count once."""
+        framer = self._framer(Progress())
+        while True:
+            disk, stretch = await self._wanted.get()
+            others = Coverage([(0, disk.source.size_bytes)])
+            others.remove(*stretch)
+            async for window in _windows(disk, others):
+                await self._pack_window(framer, disk, window)
 
-        async def ask(intervals: Sequence[Interval], block: int) -> bytes:
-            return await self._questions.ask(disk.number, intervals, block, self._seed)
+    def _framer(self, progress: Progress) -> Framer:
+        return Framer(self._parts, self._opened, self._questions, self._may_ask, self._seed, progress)
 
-        async def theirs(cover: Interval) -> bytes:
-            # What an earlier session sent may be there, acknowledged or not: the map knows nothing of it.
-            untouched = disk.sent.relation(*cover) is Relation.NEW
-            if known is not None and untouched and self._opened.mode is Mode.INCREMENTAL:
-                with suppress(OSError):  # then the target is asked
-                    return await workers.run(known.digests, *cover)
-            return await ask([cover], BLOCK_BYTES)
+    def _may_ask(self) -> bool:
+        return self._control.state is State.OPEN
 
-        return await compared(window, disk.source, theirs, ask, self._parts.pool, self._seed)
-
-    async def _packed(
-        self, disk: SendingDisk, piece: Piece, difference: Difference, compressor: ZstdCompressor | None
-    ) -> Packed:
-        parts = self._parts
-        buffer = parts.pool.take(piece.raw_bytes)
-        data = [extent for extent in piece.extents if not extent.zero]
-        epoch = self._opened.epoch_number
-
-        def make() -> Packed:
-            made = pack(disk.number, epoch, piece, buffer, compressor, self._seed, difference.fine)
-            if disk.building is not None:
-                disk.building.take(made.digests)
-            return made
-
-        try:
-            packed = await disk.source.read_into(data, buffer.view, make)
-        except BaseException:  # cancelled too
-            parts.pool.give(buffer)
-            raise
-        said = sum(extent.length for extent in piece.extents)
-        parts.progress.read += piece.raw_bytes
-        parts.progress.matched += packed.matched_bytes
-        parts.progress.zero += said - packed.matched_bytes - packed.frame.header.raw_len
-        if packed.buffer is None:
-            parts.pool.give(buffer)
-        return packed
+    async def _pack_window(self, framer: Framer, disk: SendingDisk, window: Window) -> None:
+        loop = asyncio.get_running_loop()
+        difference = await framer.difference(disk, window)
+        for piece in difference.pieces:
+            packed = await framer.packed(disk, piece, difference.fine)
+            queued, now = self._queue.qsize(), loop.time()
+            self._parts.level.observe(queued, QUEUE_FRAMES, piece.raw_bytes, now)
+            try:
+                if self._at_rest and await disk.source.changed():
+                    raise SourceMoved
+                await self._queue.put((disk, packed))
+            except BaseException:  # cancelled too
+                self._give(packed)
+                raise
 
     def _give(self, packed: Packed) -> None:
         if packed.buffer is not None:
@@ -266,6 +183,7 @@ class SendingEpoch:
                     self._window.take(size)
                     again = disk.sent.relation(header.cover_start, header.cover_end) is not Relation.NEW
                     disk.sent.add(header.cover_start, header.cover_end)  # even if the stream fails just now
+                    disk.claimed.add(header.cover_start, header.cover_end)
                     stream.send_data(packed.frame)
                 finally:  # TLS has copied it, or nobody will
                     self._give(packed)
@@ -314,8 +232,10 @@ class SendingEpoch:
             elif isinstance(message, Digests):
                 if not self._questions.answered(message):
                     raise _defective("it gave digests that were not asked for")
+            elif isinstance(message, Wanted):
+                self._want(message)
             elif isinstance(message, Sealed):
-                self._sealed.set_result(message)
+                self._conclude(message)
                 return
             elif isinstance(message, Bye):
                 raise LinkError(
@@ -332,11 +252,42 @@ class SendingEpoch:
         self._credit.set()
         for number, intervals in ((answer.disk, answer.intervals) for answer in ack.disks):
             disk = self._disks.get(number)
-            if disk is None or (intervals and intervals[-1].end > disk.source.size_bytes):
-                raise _defective(f"it acknowledged what disk {number} does not have")
             for start, end in intervals:
+                if disk is None or disk.claimed.relation(start, end) is not Relation.COVERED:
+                    raise _defective(f"it acknowledged [{start}, {end}) of disk {number}, which was not sent")
                 disk.durable.add(start, end)
         self._count()
+
+    def _want(self, wanted: Wanted) -> None:
+        """A stretch leaves the coverage and is sent again."""
+        disk, start, end = self._disks.get(wanted.disk), wanted.start, wanted.end
+        if (
+            disk is None
+            or start >= end
+            or start % BLOCK_BYTES
+            or (end % BLOCK_BYTES and end != disk.source.size_bytes)
+            or disk.claimed.relation(start, end) is not Relation.COVERED
+        ):
+            raise _defective(f"it wants [{start}, {end}) of disk {wanted.disk} again, which was not sent")
+        self._wanted_count += 1
+        if self._wanted_count > WANTED_MAX:
+            raise _damaging(disk.name)
+        disk.claimed.remove(start, end)
+        disk.durable.remove(start, end)
+        self._whole.clear()
+        self._count()
+        self._wanted.put_nowait((disk, Interval(start, end)))
+
+    def _conclude(self, sealed: Sealed) -> None:
+        """SEALED says that all is durable, acknowledged one by one or not."""
+        for disk in self._disks.values():
+            if not disk.claimed.is_whole(disk.source.size_bytes):
+                raise _defective("it sealed an epoch of which it wanted something again")
+            disk.durable.add(0, disk.source.size_bytes)
+        if sealed.epoch != self._epoch:
+            raise _defective("it sealed another epoch")
+        self._count()
+        self._sealed.set_result(sealed)
 
     def _count(self) -> None:
         progress = self._parts.progress
@@ -345,13 +296,31 @@ class SendingEpoch:
             self._whole.set()
 
     async def _seal(self, stale: bool) -> tuple[Sealed, bool]:
-        changed = any([await disk.source.changed() for disk in self._disks.values()])
+        """Have the epoch sealed once it is whole. True: a source changed while it was read."""
+        while True:
+            await self._whole.wait()
+            changed = any([await disk.source.changed() for disk in self._disks.values()])
+            if self._whole.is_set():  # else something was wanted again while we looked
+                break
         coverage = tuple(DiskCoverage(disk.number, disk.durable.intervals()) for disk in self._disks.values())
         self._control.send(Seal(self._epoch, changed or stale, coverage))
-        sealed = await self._sealed
-        if sealed.epoch != self._epoch:
-            raise _defective("it sealed another epoch")
-        return sealed, changed
+        self._at_rest = not (changed or stale)
+        return await self._sealed, changed
+
+
+async def _all_windows(
+    disks: Sequence[tuple[SendingDisk, Coverage]],
+) -> AsyncGenerator[tuple[SendingDisk, Window], None]:
+    """What is to be looked at, disk after disk, made as it is consumed."""
+    for disk, held in disks:
+        async for window in _windows(disk, held):
+            yield disk, window
+
+
+def _windows(disk: SendingDisk, done: Coverage) -> AsyncIterator[Window]:
+    if disk.listed is None:
+        return windows(disk.source, done)
+    return listed_windows(disk.source, done, disk.listed)
 
 
 def _defective(what: str) -> PeerError:
@@ -360,4 +329,13 @@ def _defective(what: str) -> PeerError:
         f"the master target misbehaved: {what}",
         cause="a defect on one of the two sides",
         fix="report it with the logs of both sides",
+    )
+
+
+def _damaging(disk: str) -> PeerError:
+    return PeerError(
+        "peer.damaged_frames",
+        f"the master target has asked {WANTED_MAX} times for something of {disk} again",
+        cause="what it unpacks is not what was read here: the memory of one of the two machines is failing",
+        fix="check the memory of both machines, then give the same command again",
     )

@@ -2,12 +2,13 @@
 
 ::
 
-    stream ─ on_data ─▶ claimed ─▶ queue ─▶ writers: decompress + verify + write ─▶ committer: sync ─▶ ACK
+    stream ─ on_data ─▶ claimed ─▶ queue ─▶ verifiers: decompress, hash ─▶ committer: log or images ─▶ ACK
+                                               └─▶ WANTED
 
 One TaskGroup. The queue needs no bound of its own: what may be in it was granted as credit. An ACK names only
-what was written before the sync that it follows began, and only after the coverage journal holds it too: what
-was acknowledged is there, and known to be there, after any crash. Who may open a session is the business of
-``receiver.py``.
+what was made durable, and known to be, before it: that is there after any crash. A frame whose content does
+not verify is asked for again. Where data goes is the business of ``groups.py``, who may open a session is
+``receiver.py``'s.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from dataclasses import dataclass
 from protocol.connection import Body, Data
 from protocol.constants import HEADER_BYTES, MIB, STREAMS_MAX
 from protocol.errors import RemoteProtocolError
-from protocol.header import Flags, Header
+from protocol.header import Flags
 from protocol.messages import (
-    NO_ID,
     Ack,
     Bye,
     Digests,
@@ -33,6 +33,7 @@ from protocol.messages import (
     Opened,
     Seal,
     Sealed,
+    Wanted,
 )
 from protocol.payload import new_decompressor, unpack
 from protocol.state import State
@@ -43,8 +44,8 @@ from replicator.digest import BLOCK_BYTES, FINE_BYTES
 from replicator.errors import ReplicatorError, cause_of
 from replicator.extents import Coverage, Relation
 from replicator.failpoints import reach
-from replicator.images.base import Image
-from replicator.images.directory import ImageDirectory, OpenedGroup
+from replicator.groups import GroupInHand, Groups
+from replicator.images.directory import OpenedDisk
 from replicator.transport.stream import Stream
 from replicator.workers import Workers
 
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 ACK_INTERVALS = 16 * 1024  # a quarter of a MiB: no ACK comes near the limit of a control message
 COMMIT_BYTES = 8 * MIB  # a sync costs the disk a flush: not for every frame while more are at hand
+WANTED_MAX = 64  # a session in which more fails to verify has another trouble than one bad frame
 REQUESTS_MAX = 64  # a sender asks for windows of a disk, a few ahead
 _LISTENING = (State.OPEN, State.SEALING)  # where ACK and DIGESTS are allowed
 DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk: small enough to come while the next are read
@@ -62,7 +64,7 @@ class ReceivingParts:
     """What a daemon's sessions share.
 
     Attributes:
-        directory: where the images are.
+        groups: what the master target holds.
         workers: threads for disk and CPU work.
         seed: the installation's hash seed.
         credit: the daemon's pool of credit, which bounds its memory.
@@ -70,7 +72,7 @@ class ReceivingParts:
         give: takes the memory of a DATA body back.
     """
 
-    directory: ImageDirectory
+    groups: Groups
     workers: Workers
     seed: int
     credit: CreditPool
@@ -80,49 +82,54 @@ class ReceivingParts:
 
 @dataclass(slots=True)
 class ReceivingDisk:
-    """A disk of the epoch under way. ``claimed``: arrived; ``durable``: of it, what a sync has covered."""
+    """A disk of the epoch under way. ``claimed``: arrived; ``durable``: of it, what a commit has covered."""
 
-    number: int
-    image: Image
+    opened: OpenedDisk
     claimed: Coverage
     durable: Coverage
 
+    @property
+    def number(self) -> int:
+        """What frames call it."""
+        return self.opened.number
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.opened.image.size_bytes
+
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A frame that is written but not yet durable."""
+class Verified:
+    """A frame that holds what was read at the source, and is not yet durable."""
 
     disk: ReceivingDisk
-    header: Header
+    data: Data
 
     @property
     def wire_bytes(self) -> int:
         """What it cost of the credit."""
-        return HEADER_BYTES + self.header.body_len
+        return HEADER_BYTES + self.data.header.body_len
 
 
 class Session:
     """One epoch of one group, from OPEN to its end."""
 
-    def __init__(self, parts: ReceivingParts, control: Stream, peer: str, group: OpenedGroup) -> None:
+    def __init__(self, parts: ReceivingParts, control: Stream, peer: str, group: GroupInHand) -> None:
         self.id = secrets.token_bytes(16)
         self.peer = peer
         self._parts = parts
         self._control = control
         self._group = group
         self._disks = {
-            disk.number: ReceivingDisk(
-                disk.number,
-                disk.image,
-                Coverage(disk.durable.intervals()),
-                Coverage(disk.durable.intervals()),
-            )
-            for disk in group.disks
+            disk.number: ReceivingDisk(disk, Coverage(disk.durable.intervals()), disk.durable)
+            for disk in group.holding.disks
         }
         self._queue: asyncio.Queue[tuple[ReceivingDisk, Data]] = asyncio.Queue()
         self._asked: asyncio.Queue[DigestsWanted] = asyncio.Queue(REQUESTS_MAX)
-        self._written: list[Written] = []
-        self._writing = 0
+        self._verified: list[Verified] = []
+        self._verifying = 0
+        self._wanted = 0
         self._commit = asyncio.Event()
         self._pending: dict[int, Coverage] = {}
         self._sequence = 0
@@ -139,8 +146,8 @@ class Session:
         try:
             self._open()
             async with asyncio.TaskGroup() as tasks:
-                background = [tasks.create_task(self._write()) for _ in range(self._parts.workers.threads)]
-                background.append(tasks.create_task(self._sync_and_acknowledge()))
+                background = [tasks.create_task(self._verify()) for _ in range(self._parts.workers.threads)]
+                background.append(tasks.create_task(self._commit_and_acknowledge()))
                 background.append(tasks.create_task(self._answer()))
                 background.append(tasks.create_task(self._watch()))
                 await self._converse()
@@ -164,7 +171,7 @@ class Session:
 
     def _open(self) -> None:
         self._told = self._share.window.granted
-        epochs = self._group.epochs
+        epochs = self._group.holding.group.epochs
         disks = tuple(DiskCoverage(disk.number, disk.durable.intervals()) for disk in self._disks.values())
         self._control.send(Opened(self.id, epochs.number, self._told, disks, epochs.mode, epochs.sealed))
 
@@ -176,6 +183,8 @@ class Session:
             stream.abort()
         while not self._queue.empty():
             self._parts.give(self._queue.get_nowait()[1].body)
+        for verified in self._verified:
+            self._parts.give(verified.data.body)
 
     async def carry(self, stream: Stream) -> None:
         """Serve one data stream of the session until it ends. Losing it ends the session."""
@@ -200,8 +209,8 @@ class Session:
         disk = self._disks.get(header.disk)
         if (
             disk is None
-            or header.epoch != self._group.epochs.number
-            or header.cover_end > disk.image.size_bytes
+            or header.epoch != self._group.holding.group.epochs.number
+            or header.cover_end > disk.size
         ):
             self._refuse(
                 data,
@@ -235,60 +244,73 @@ class Session:
 
     # -- the pipeline -----
 
-    async def _write(self) -> None:
-        """Write queued frames, one at a time; several of these run side by side."""
+    async def _verify(self) -> None:
+        """Take queued frames, one at a time; several of these run side by side."""
         decompressor = new_decompressor()
         pool, workers, seed = self._parts.pool, self._parts.workers, self._parts.seed
+        holding = self._group.holding
 
-        def store(image: Image, data: Data, into: memoryview | None) -> None:
+        def check(disk: OpenedDisk, data: Data, into: memoryview | None) -> None:
             extents, payload = unpack(data.header, data.body.view, into, decompressor, seed)
-            image.write(extents, payload)
+            holding.store(disk, extents, payload)
 
         while True:
             disk, data = await self._queue.get()
-            self._writing += 1
+            self._verifying += 1
             raw = pool.take(data.header.raw_len) if data.header.flags & Flags.ZSTD else None
             try:
-                await workers.run(store, disk.image, data, raw.view if raw else None)
+                await workers.run(check, disk.opened, data, raw.view if raw else None)
             except RemoteProtocolError as error:
-                raise refusals.damaged(disk.number, error) from None
+                self._want(disk, data, error)
+            except BaseException:
+                self._parts.give(data.body)
+                raise
+            else:
+                self._verified.append(Verified(disk, data))
             finally:
                 if raw is not None:
                     pool.give(raw)
-                self._parts.give(data.body)
-            self._writing -= 1
-            self._written.append(Written(disk, data.header))
-            idle = not self._writing and self._queue.empty()
-            if idle or sum(written.wire_bytes for written in self._written) >= COMMIT_BYTES:
+                self._verifying -= 1
+            idle = not self._verifying and self._queue.empty()
+            if idle or sum(verified.wire_bytes for verified in self._verified) >= COMMIT_BYTES:
                 self._commit.set()
 
-    async def _sync_and_acknowledge(self) -> None:
-        """Group commit: one sync per disk under way at a time, for all that was written before it began."""
+    def _want(self, disk: ReceivingDisk, data: Data, error: RemoteProtocolError) -> None:
+        """A frame does not hold what was read: nothing of it is kept, and its stretch is asked for again."""
+        start, end = data.header.cover_start, data.header.cover_end
+        log.warning("%s: disk %d, [%d, %d): %s; wanted again", self.peer, disk.number, start, end, error)
+        self._parts.give(data.body)
+        self._share.release(HEADER_BYTES + data.header.body_len)
+        self._wanted += 1
+        if self._wanted > WANTED_MAX:
+            raise refusals.damaged(disk.number, error)
+        disk.claimed.remove(start, end)
+        if self._control.state in _LISTENING:
+            self._control.send(Wanted(disk.number, start, end))
+
+    async def _commit_and_acknowledge(self) -> None:
+        """Group commit: one at a time, for all that was verified before it began."""
         while True:
             await self._commit.wait()
             self._commit.clear()
-            batch, self._written = self._written, []
-            await self._parts.workers.run(self._make_durable, batch)
+            batch, self._verified = self._verified, []
+            try:
+                if batch:
+                    frames = [(verified.data.header, verified.data.body.view) for verified in batch]
+                    await self._group.commit(frames)
+            finally:
+                for verified in batch:
+                    self._parts.give(verified.data.body)
             reach("session.before_ack")
-            for disk, header in ((written.disk, written.header) for written in batch):
+            for disk, header in ((verified.disk, verified.data.header) for verified in batch):
                 disk.durable.add(header.cover_start, header.cover_end)
                 pending = self._pending.setdefault(disk.number, Coverage())
                 pending.add(header.cover_start, header.cover_end)
-            self._share.release(sum(written.wire_bytes for written in batch))
+            self._share.release(sum(verified.wire_bytes for verified in batch))
             if self._control.state is not State.CLOSED:
                 await self._control.drain()  # a sender that reads no ACKs gets no more of them, and no credit
             self._acknowledge()
             reach("session.acked")
-
-    def _make_durable(self, batch: list[Written]) -> None:
-        """Sync the images, then note it. Runs in a worker thread."""
-        for disk in {written.disk.number: written.disk for written in batch}.values():
-            disk.image.sync()
-        if batch and self._group.journal is not None:
-            self._group.journal.append(
-                (written.disk.number, written.header.cover_start, written.header.cover_end)
-                for written in batch
-            )
 
     def _acknowledge(self) -> None:
         """Tell the sender what has become durable and what it may send, if there is news and it listens."""
@@ -332,8 +354,8 @@ class Session:
             and known
             and all(
                 start % wanted.block == 0
-                and (end % wanted.block == 0 or end == disk.image.size_bytes)
-                and end <= disk.image.size_bytes
+                and (end % wanted.block == 0 or end == disk.size)
+                and end <= disk.size
                 for start, end in wanted.intervals
             )
         )
@@ -345,7 +367,8 @@ class Session:
         """Answer requests for digests, one after the other, in parts."""
         while True:
             wanted = await self._asked.get()
-            digests = self._disks[wanted.disk].image.digests
+            await self._group.applied()  # what is asked for is the newest sealed epoch
+            digests = self._disks[wanted.disk].opened.image.digests
             rest = wanted.intervals
             while rest:
                 found = await self._parts.workers.run(
@@ -360,11 +383,11 @@ class Session:
 
     async def _seal(self, seal: Seal) -> None:
         for number, disk in self._disks.items():
-            missing = next(disk.durable.gaps(0, disk.image.size_bytes), None)
-            if seal.epoch != self._group.epoch or missing is not None:
+            missing = next(disk.durable.gaps(0, disk.size), None)
+            if seal.epoch != self._group.holding.group.epoch or missing is not None:
                 raise refusals.incomplete(number, missing)
         reach("session.before_sealed")
-        await self._parts.workers.run(self._parts.directory.seal, self._group)
-        self._control.send(Sealed(seal.epoch, NO_ID))
+        point = await self._group.seal(seal.fuzzy)
+        self._control.send(Sealed(seal.epoch, point))
         reach("session.sealed")
         log.info("%s: epoch %s sealed%s", self.peer, seal.epoch.hex(), " (fuzzy)" if seal.fuzzy else "")

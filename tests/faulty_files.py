@@ -52,7 +52,7 @@ class FaultyFiles(Files):
         self._faults[kind, self._counts.get(kind, 0) + kth] = error
 
     def shorten(self, kind: str, kth: int, length: int) -> None:
-        """The `kth` preadv or pwrite from now on handles at most `length` bytes."""
+        """The `kth` preadv, pwrite or pwritev from now on handles at most `length` bytes."""
         self._short[kind, self._counts.get(kind, 0) + kth] = length
 
     def cut_before(self, kth: int) -> None:
@@ -196,11 +196,7 @@ class FaultyFiles(Files):
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._lock:
             allowed = self._step("preadv", self._name(fd), offset, sum(map(len, buffers)))
-        views = []
-        for view in buffers:
-            views.append(view[:allowed])
-            allowed -= len(views[-1])
-        return super().preadv(fd, views, offset)
+        return super().preadv(fd, first_bytes(buffers, allowed), offset)
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         with self._lock:
@@ -208,6 +204,13 @@ class FaultyFiles(Files):
             content = self._content(fd)
             content.remember(offset, offset + allowed)
             return self._sizing(content, partial(super().pwrite, fd, memoryview(data)[:allowed], offset))
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        with self._lock:
+            allowed = self._step("pwritev", self._name(fd), offset, sum(map(len, buffers)))
+            content = self._content(fd)
+            content.remember(offset, offset + allowed)
+            return self._sizing(content, partial(super().pwritev, fd, first_bytes(buffers, allowed), offset))
 
     def truncate(self, fd: int, size: int) -> None:
         with self._lock:
@@ -234,6 +237,16 @@ class FaultyFiles(Files):
     def fsync(self, fd: int) -> None:
         self._sync("fsync", fd, super().fsync)
 
+    def will_need(self, fd: int, offset: int, length: int) -> None:
+        with self._lock:
+            self._step("will_need", self._name(fd), offset, length)
+            super().will_need(fd, offset, length)
+
+    def list_directory(self, dir_fd: int) -> list[str]:
+        with self._lock:
+            self._step("list_directory", self._name(dir_fd))
+            return super().list_directory(dir_fd)
+
     def rename(self, dir_fd: int, old: str, new: str) -> None:
         with self._lock:
             self._step("rename", new)
@@ -250,3 +263,12 @@ class FaultyFiles(Files):
             super().unlink(dir_fd, name)
             if removed is not None:
                 entries.undo.append(partial(entries.recreate, name, removed))
+
+
+def first_bytes(buffers: Sequence[memoryview], length: int) -> list[memoryview]:
+    """The buffers, cut off after `length` bytes."""
+    views = []
+    for view in buffers:
+        views.append(view[:length])
+        length -= len(views[-1])
+    return views

@@ -35,6 +35,26 @@ class Image(Protocol):
         """
         ...
 
+    def read_ahead(self, extents: Sequence[Extent]) -> None:
+        """Have sorted extents on their way that ``read_into`` is going to be asked for: disks serve many at
+        once.
+
+        Raises:
+            TargetError: ``target.read_failed``.
+        """
+        ...
+
+    def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+        """Fill ``view`` with the bytes of extents, one after the other, whatever their kind.
+
+        Fast if they are sorted and ``view`` is page-aligned. Not while they are being written.
+
+        Raises:
+            TargetError: ``target.read_failed``; ``target.sync_failed`` after a failed sync, since what is
+            read then may be what the disk has lost.
+        """
+        ...
+
     def digests(self, intervals: Sequence[Interval], block: int, seed: int, most: int) -> Digested:
         """Digests of what is there, as ``reading.digest_blocks``. Not while they are being written.
 

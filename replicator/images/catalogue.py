@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from protocol.messages import NO_ID, Mode, OpenDisk
 from replicator.errors import PeerError, StateError
+from replicator.images.flat_vmdk import flat_name
 from replicator.private_directory import HeldDirectory, checked_record, decode_record, encode_record
 
 FILE = "catalogue.json"
@@ -18,6 +19,8 @@ _FIELDS = {"version": int, "next_number": int, "next_epoch": int, "disks": list,
 _DISK_FIELDS = {"number": int, "group": str, "name": str, "owner": str}
 _GROUP_FIELDS = {"name": str, "sealed": str, "under_way": str, "number": int, "mode": str}
 _VERSION = 1
+
+NAME_MAX_BYTES = 200  # leaves room for our suffixes in the 255 of a file name
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,32 @@ def admit(
         entries.append(entry)
     numbers = catalogue.next_number + len(new)
     return entries, replace(catalogue, next_number=numbers, disks=(*catalogue.disks, *new))
+
+
+def check_disk(disk: OpenDisk) -> None:
+    """Refuse names that are no plain file names and sizes that no disk has.
+
+    Raises:
+        PeerError: ``disk.bad_name``, ``disk.bad_size``.
+    """
+    name = disk.name
+    printable = name.isprintable() and "/" not in name and not name.startswith(".")
+    data_of_another = name.lower().endswith(flat_name("").removesuffix(".vmdk"))
+    if not name or not printable or data_of_another or len(name.encode()) > NAME_MAX_BYTES:
+        raise PeerError(
+            "disk.bad_name",
+            f"{name[:60]!r} cannot be a disk's name",
+            cause=f"a name becomes a file name: 1 to {NAME_MAX_BYTES} printable bytes, without '/', not "
+            "starting with '.', not ending with '-flat' (NAME-flat.vmdk holds the data of disk NAME)",
+            fix="choose another name with --disk",
+        )
+    if not disk.size or disk.size % 512:
+        raise PeerError(
+            "disk.bad_size",
+            f"disk {name!r} has {disk.size} bytes",
+            cause="a disk has at least one sector and whole sectors of 512 bytes",
+            fix="check the source",
+        )
 
 
 def load(held: HeldDirectory) -> Catalogue:

@@ -1,8 +1,12 @@
 """The images of a datastore directory: which disk is which file, and which epoch each of them holds.
 
-A VMDK's descriptor appears only when its first epoch is sealed, so that a half-written disk never looks like
-a usable one; a sidecar beside it says the rest (``sidecar.py``). What must outlive the datastore, numbers and
+A VMDK's descriptor appears only when its first epoch is there, so that a half-written disk never looks like a
+usable one; a sidecar beside it says the rest (``sidecar.py``). What must outlive the datastore, numbers and
 epochs, lies with the retention volume (``catalogue.py``, ``coverage_journal.py``). All of it blocks.
+
+A first epoch is written straight into its images (*direct*). Once one of a group's images is a VMDK that
+somebody may rely on, epochs go to a log and change no image before they are sealed: that is the business of
+``holding.py``, which tells here what its log says of the images (``Lineage``).
 """
 
 from __future__ import annotations
@@ -10,24 +14,23 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from protocol.constants import ID_BYTES
 from protocol.messages import NO_ID, Open, OpenDisk
 from replicator.errors import PeerError, TargetError
 from replicator.extents import Coverage
 from replicator.files import Files
-from replicator.images.catalogue import Entry, GroupEpochs, admit, load, store
+from replicator.images.catalogue import Entry, GroupEpochs, admit, check_disk, load, store
 from replicator.images.coverage_journal import CoverageJournal, remove_journal
 from replicator.images.flat_vmdk import FlatVmdk, flat_name
 from replicator.images.sidecar import Sidecar, read_sidecar, write_sidecar
 from replicator.plan import TargetState, choose_mode
 from replicator.private_directory import PrivateDirectory
-
-NAME_MAX_BYTES = 200  # leaves room for our suffixes in the 255 of a file name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +44,37 @@ class OpenedDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class Lineage:
+    """What a log says of a group's images.
+
+    Attributes:
+        base: the epoch that they hold, as long as none is being applied.
+        applying: epochs of which they may hold a part.
+    """
+
+    base: bytes
+    applying: frozenset[bytes] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class OpenedGroup:
     """The images of one epoch.
 
     Attributes:
         epochs: what the catalogue says of the group: number and mode of the epoch, the newest sealed one.
         epoch: id of the epoch.
-        journal: takes what becomes durable; None when the epoch is sealed already.
+        sealed: it is sealed already: there is nothing to be said.
+        adopted: number of epoch ``epochs.sealed``, as which what the images hold is known from now on: they
+            are not what the log says. 0: they are.
+        journal: of a direct epoch, takes what becomes durable; None for one that goes to the log.
     """
 
     epochs: GroupEpochs
     owner: str
     disks: tuple[OpenedDisk, ...]
     epoch: bytes
+    sealed: bool
+    adopted: int
     journal: CoverageJournal | None
 
     def close(self) -> None:
@@ -115,27 +136,57 @@ class ImageDirectory:
             ) from None
         self._lock_fd = fd
 
-    def open_group(self, owner: str, wanted: Open) -> OpenedGroup:
+    def epochs_of(self, group: str) -> GroupEpochs:
+        """What the catalogue says of a group. ``StateError`` if it cannot be read."""
+        with self._retention.held() as held:
+            return load(held).epochs_of(group)
+
+    def check(self, owner: str, wanted: Open) -> None:
+        """Refuse what no group may be asked, before anything is touched. ``PeerError`` as ``open_group``."""
+        for disk in wanted.disks:
+            check_disk(disk)
+        with self._retention.held() as held:
+            admit(load(held), owner, wanted.group, wanted.disks)
+
+    def open_group(self, owner: str, wanted: Open, lineage: Lineage | None = None) -> OpenedGroup:
         """Find or create the images of a group's disks and decide what the epoch has to say.
 
-        Everything is checked before anything is created or changed.
+        Everything is checked before anything is created or changed. Without a ``lineage`` the images should
+        hold the newest sealed epoch.
 
         Raises:
             PeerError: ``disk.bad_name``, ``disk.bad_size``, ``disk.name_taken``, ``disk.listed_twice``,
                 ``group.not_yours``, ``image.size_mismatch``. TargetError, SpaceError: as the images say.
         """
-        for disk in wanted.disks:
-            check_disk(disk)
+        self.check(owner, wanted)
         with self._retention.held() as held, ExitStack() as opening:
             catalogue = load(held)
             entries, updated = admit(catalogue, owner, wanted.group, wanted.disks)
             images = self._open_images(wanted.disks, opening)
             known = catalogue.epochs_of(wanted.group)
-            state = self._state(known, entries, images)
+            direct = not any(image.published for image in images)
+            adopted = 0
+            lineage = lineage or Lineage(known.sealed)
+            if not direct and not self._holds(lineage, entries, images):
+                known = replace(
+                    known,
+                    sealed=secrets.token_bytes(ID_BYTES),
+                    under_way=NO_ID,
+                    number=updated.next_epoch,
+                )
+                updated = updated.with_epochs(known)
+                adopted = known.number
+                for entry, image in zip(entries, images, strict=True):
+                    image.blank = False  # from now on what lies there counts
+                    self._mark(entry, image, known.sealed, clean=True)
+            if direct:
+                state = self._state_of_direct(known, entries, images)
+            else:
+                state = TargetState(known.sealed, known.under_way, known.mode, blank=False, clean=True)
             if state.clean and wanted.epoch == state.sealed:
                 opening.pop_all()
                 whole = _disks(entries, images, [Coverage([(0, disk.size)]) for disk in wanted.disks])
-                return OpenedGroup(known, owner, whole, state.sealed, None)
+                return OpenedGroup(known, owner, whole, state.sealed, True, adopted, None)
             resumed = wanted.epoch == state.under_way != NO_ID
             epochs = GroupEpochs(
                 wanted.group,
@@ -148,52 +199,122 @@ class ImageDirectory:
             if not resumed:
                 for number in {known.number, epochs.number}:  # a file of a lost catalogue may have our number
                     remove_journal(held, number)
+            if direct and not resumed:
                 for entry, image in zip(entries, images, strict=True):
                     self._mark(entry, image, wanted.epoch, clean=False)
-            journal = CoverageJournal.open(held, epochs.number)
+            journal = CoverageJournal.open(held, epochs.number) if direct or resumed else None
             opening.pop_all()
-        durable = [journal.disks.get(entry.number, Coverage()) for entry in entries]
-        return OpenedGroup(epochs, owner, _disks(entries, images, durable), wanted.epoch, journal)
+        noted = journal.disks if journal is not None else {}
+        durable = [noted.get(entry.number, Coverage()) for entry in entries]
+        if journal is not None and not direct:
+            journal.close()
+            journal = None
+        disks = _disks(entries, images, durable)
+        return OpenedGroup(epochs, owner, disks, wanted.epoch, False, adopted, journal)
+
+    def open_again(self, group: str, disks: Sequence[OpenDisk], lineage: Lineage) -> OpenedGroup | None:
+        """The images of a group whose newest sealed epoch is still to be applied, without a sender.
+
+        None: they are not what the log says; the next OPEN finds out what they are.
+
+        Raises:
+            TargetError, PeerError: one of them cannot be opened.
+        """
+        with self._retention.held() as held, ExitStack() as opening:
+            catalogue = load(held)
+            entries = [entry for entry in map(catalogue.find, (disk.name for disk in disks)) if entry]
+            images = []
+            for disk in disks:
+                image = self._existing(disk)
+                if image is None:
+                    return None
+                opening.callback(image.close)
+                images.append(image)
+            if len(entries) != len(images) or not self._holds(lineage, entries, images):
+                return None
+            opening.pop_all()
+        epochs = catalogue.epochs_of(group)
+        whole = _disks(entries, images, [Coverage([(0, image.size_bytes)]) for image in images])
+        return OpenedGroup(epochs, entries[0].owner, whole, epochs.sealed, True, 0, None)
 
     def seal(self, group: OpenedGroup) -> None:
-        """The epoch is whole: make its images durable and publish them, mark them clean. Idempotent.
+        """The epoch is whole. What was written directly is made durable and published. Idempotent.
 
         Raises:
             TargetError, SpaceError: an image could not be made durable or published; none is marked clean.
         """
-        if group.journal is None:
+        if group.sealed:
             return
-        for disk in group.disks:
-            disk.image.sync()
-        for disk in group.disks:
-            disk.image.publish(secrets.randbelow(0xFFFFFFFE))
-        for disk in group.disks:
-            entry = Entry(disk.number, group.epochs.name, disk.name, group.owner)
-            self._mark(entry, disk.image, group.epoch, clean=True)
+        if group.journal is not None:
+            for disk in group.disks:
+                disk.image.sync()
+            self.settle(group, group.epoch)
         with self._retention.held() as held:
             catalogue = load(held)
             epochs = replace(group.epochs, sealed=group.epoch, under_way=NO_ID)
             store(held, catalogue.with_epochs(epochs))
             remove_journal(held, epochs.number)
 
-    def _state(self, known: GroupEpochs, entries: Sequence[Entry], images: Sequence[FlatVmdk]) -> TargetState:
-        """What the images hold. One that somebody else wrote to, or without its own sidecar, holds no
-        epoch.
+    def unsettle(self, group: OpenedGroup, epoch: bytes) -> None:
+        """From now on the images hold a part of this epoch; durable on return."""
+        for disk in group.disks:
+            self._mark(_entry(group, disk), disk.image, epoch, clean=False)
+
+    def settle(self, group: OpenedGroup, epoch: bytes) -> None:
+        """The images hold this epoch, durably: publish them under a new content id and mark them clean.
+
+        Raises:
+            TargetError, SpaceError: one could not be published; none is marked clean.
         """
+        for disk in group.disks:
+            disk.image.publish(secrets.randbelow(0xFFFFFFFE))
+        for disk in group.disks:
+            self._mark(_entry(group, disk), disk.image, epoch, clean=True)
+
+    def settle_rest(self, group: OpenedGroup, epoch: bytes) -> None:
+        """As ``settle``, where a crash came between the last write and it."""
+        marks = [read_sidecar(self._files, self._dir_fd, disk.name) for disk in group.disks]
+        if any(mark is not None and not mark.clean for mark in marks):
+            self.settle(group, epoch)
+
+    def note_durable(self, number: int, entries: Iterable[tuple[int, int, int]]) -> None:
+        """(disk, start, end) of epoch ``number`` is in the images before its seal; durable on return."""
+        with self._retention.held() as held:
+            journal = CoverageJournal.open(held, number)
+            try:
+                journal.append(entries)
+            finally:
+                journal.close()
+
+    def _state_of_direct(
+        self, known: GroupEpochs, entries: Sequence[Entry], images: Sequence[FlatVmdk]
+    ) -> TargetState:
+        """What images hold of which none is a VMDK yet. One without its own sidecar holds nothing."""
         nothing = TargetState(known.sealed, blank=all(image.blank for image in images))
-        clean, ours = known.under_way == NO_ID, True
         for entry, image in zip(entries, images, strict=True):
-            sidecar = read_sidecar(self._files, self._dir_fd, image.disk)
-            if image.blank or sidecar is None or sidecar.cid != image.cid:
+            sidecar = self._sidecar_of(entry, image)
+            if sidecar is None or sidecar.cid != image.cid or sidecar.epoch != known.under_way:
                 return nothing
-            if (sidecar.owner, sidecar.disk) != (entry.owner, entry.number):
-                return nothing
-            settled = sidecar.clean and sidecar.modified_ns == image.modified_ns()
-            clean = clean and settled and sidecar.epoch == known.sealed
-            ours = ours and sidecar.epoch == known.under_way
-        return replace(
-            nothing, clean=clean, under_way=known.under_way if ours else NO_ID, under_way_mode=known.mode
-        )
+        return replace(nothing, under_way=known.under_way, under_way_mode=known.mode)
+
+    def _holds(self, lineage: Lineage, entries: Sequence[Entry], images: Sequence[FlatVmdk]) -> bool:
+        """Whether the images are what the log says. One that somebody else wrote to is not."""
+        for entry, image in zip(entries, images, strict=True):
+            sidecar = self._sidecar_of(entry, image)
+            if sidecar is None:
+                return False
+            untouched = sidecar.cid == image.cid and sidecar.modified_ns == image.modified_ns()
+            if sidecar.clean and (sidecar.epoch != lineage.base or not untouched):
+                return False
+            if not sidecar.clean and sidecar.epoch not in lineage.applying:
+                return False
+        return True
+
+    def _sidecar_of(self, entry: Entry, image: FlatVmdk) -> Sidecar | None:
+        """An image's sidecar, if it is there and its own."""
+        sidecar = read_sidecar(self._files, self._dir_fd, image.disk)
+        own = sidecar is not None and (sidecar.owner, sidecar.disk) == (entry.owner, entry.number)
+        return sidecar if own and not image.blank else None
 
     def _mark(self, entry: Entry, image: FlatVmdk, epoch: bytes, *, clean: bool) -> None:
         modified_ns = image.modified_ns() if clean else 0
@@ -272,30 +393,8 @@ class ImageDirectory:
         return image
 
 
-def check_disk(disk: OpenDisk) -> None:
-    """Refuse names that are no plain file names and sizes that no disk has.
-
-    Raises:
-        PeerError: ``disk.bad_name``, ``disk.bad_size``.
-    """
-    name = disk.name
-    printable = name.isprintable() and "/" not in name and not name.startswith(".")
-    data_of_another = name.lower().endswith(flat_name("").removesuffix(".vmdk"))
-    if not name or not printable or data_of_another or len(name.encode()) > NAME_MAX_BYTES:
-        raise PeerError(
-            "disk.bad_name",
-            f"{name[:60]!r} cannot be a disk's name",
-            cause=f"a name becomes a file name: 1 to {NAME_MAX_BYTES} printable bytes, without '/', not "
-            "starting with '.', not ending with '-flat' (NAME-flat.vmdk holds the data of disk NAME)",
-            fix="choose another name with --disk",
-        )
-    if not disk.size or disk.size % 512:
-        raise PeerError(
-            "disk.bad_size",
-            f"disk {name!r} has {disk.size} bytes",
-            cause="a disk has at least one sector and whole sectors of 512 bytes",
-            fix="check the source",
-        )
+def _entry(group: OpenedGroup, disk: OpenedDisk) -> Entry:
+    return Entry(disk.number, group.epochs.name, disk.name, group.owner)
 
 
 def _disks(

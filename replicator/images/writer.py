@@ -1,8 +1,8 @@
 """The write engine: an image in a file or device that can be written at any byte.
 
 Long runs go past the page cache (O_DIRECT), edges and small extents through it, zeros by the cheapest means
-that leaves zeros. Nothing is ever read: a read-modify-write of ours would lose a neighbour's sectors. What
-the file is, and how it comes to be, is for ``flat_vmdk.py`` and ``device.py``.
+that leaves zeros. Nothing is read in order to write: a read-modify-write would lose a neighbour's sectors.
+What the file is, and how it comes to be, is for ``flat_vmdk.py`` and ``device.py``.
 
 Why neighbours are safe. A direct run is cut to whole pages and whole blocks of the file system, all of which
 lie in the run; so no page holds both a part of it and bytes of somebody else, and the kernel, which throws a
@@ -29,11 +29,19 @@ from protocol.constants import KIB, MIB
 from protocol.messages import Interval
 from protocol.payload import Extent
 from replicator import linux
-from replicator.errors import TargetError
+from replicator.errors import ReplicatorError, TargetError
 from replicator.failpoints import reach
 from replicator.files import Files, write_fully
 from replicator.images.opening import failure
-from replicator.images.reading import Digested, digest_blocks
+from replicator.images.reading import (
+    Digested,
+    Part,
+    digest_blocks,
+    gather,
+    read_ahead,
+    read_cluster,
+    read_whole,
+)
 
 # Below, the page cache gathers writes better than a disk takes them one by one.
 DIRECT_MIN_BYTES: Final = 64 * KIB
@@ -147,12 +155,31 @@ class FileImage:
                 error, "target.write_failed", f"cannot write {self.name} at byte {offset}"
             ) from error
 
+    def read_ahead(self, extents: Sequence[Extent]) -> None:
+        """See ``Image.read_ahead``. What goes past the page cache is not asked for."""
+        short = (run for run in _runs(extents) if run.length < DIRECT_MIN_BYTES)
+        try:
+            read_ahead(self._files, self._fd, short)
+        except OSError as error:
+            raise self._read_failure(error) from error
+
+    def read_into(self, extents: Sequence[Extent], view: memoryview) -> None:
+        """See ``Image.read_into``."""
+        self._refuse_after_failed_sync()
+        runs = list(_runs(extents))
+        if sum(run.length for run in runs) != len(view) or any(run.end > self.size_bytes for run in runs):
+            raise ValueError(f"extents and memory do not fit each other or {self.name}")
+        try:
+            self._read_runs(runs, view)
+        except OSError as error:
+            raise self._read_failure(error) from error
+
     def digests(self, intervals: Sequence[Interval], block: int, seed: int, most: int) -> Digested:
         """See ``Image.digests``."""
         try:
             return digest_blocks(self._files, self._fd, intervals, block, seed, most)
         except OSError as error:
-            raise failure(error, "target.read_failed", f"cannot read {self.name}") from error
+            raise self._read_failure(error) from error
 
     def sync(self) -> None:
         """See ``Image.sync``."""
@@ -177,6 +204,39 @@ class FileImage:
                 self._files.close(fd)
 
     # ------------------------------------------------------------------ data
+
+    def _read_runs(self, runs: Sequence[Extent], view: memoryview) -> None:
+        cached: list[Part] = []
+        direct: list[Part] = []
+        position = 0
+        for offset, length, _ in runs:
+            part = view[position : position + length]
+            position += length
+            first, behind = self._direct_part(offset, part)
+            if first:
+                cached.append(Part(offset, part[:first]))
+            if first < behind:
+                direct.append(Part(offset + first, part[first:behind]))
+            if behind < length:
+                cached.append(Part(offset + behind, part[behind:]))
+        for offset, part in direct:
+            done = self._read_direct(part, offset)
+            read_whole(self._files, self._fd, part[done:], offset + done)
+        for cluster in gather(cached):
+            read_cluster(self._files, self._fd, cluster)
+
+    def _read_direct(self, view: memoryview, offset: int) -> int:
+        """Read once, past the page cache; returns how much was read. The rest is for a buffered read."""
+        try:
+            return self._files.preadv(self._direct_fd, [view], offset)
+        except OSError as error:
+            if error.errno not in _NO_DIRECT:
+                raise
+            self._give_up_direct(error)
+            return 0
+
+    def _read_failure(self, error: OSError) -> ReplicatorError:
+        return failure(error, "target.read_failed", f"cannot read {self.name}")
 
     def _write_run(self, offset: int, data: memoryview) -> None:
         first, behind = self._direct_part(offset, data)

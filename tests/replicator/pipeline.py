@@ -47,6 +47,7 @@ from replicator.certificates import Credentials, ServerKind, host_name
 from replicator.clock import Clock
 from replicator.errors import ReplicatorError
 from replicator.files import Files
+from replicator.groups import Groups, Limits
 from replicator.images.directory import ImageDirectory
 from replicator.private_directory import PrivateDirectory
 from replicator.receiver import CREDIT_BYTES, Receiver
@@ -232,17 +233,18 @@ class Target:
         credit_bytes: int,
         thin: bool,
         retention_files: Files,
+        limits: Limits | None,
     ) -> None:
         self._root = path
         self.path = path / "disks"
         self.path.mkdir(parents=True, exist_ok=True)
         self.site = Site(path / "retention")
         self.workers = workers
-        self.images = ImageDirectory(
-            files, self.path, PrivateDirectory(retention_files, path / "retention"), thin=thin
-        )
+        retention = PrivateDirectory(retention_files, path / "retention")
+        self.images = ImageDirectory(files, self.path, retention, thin=thin)
         seed = self.site.authority.hash_seed
-        self.receiver = Receiver(self.images, workers, seed, identify, credit_bytes)
+        self.groups = Groups(self.images, retention, workers, seed, Clock(), limits)
+        self.receiver = Receiver(self.groups, workers, seed, identify, credit_bytes)
         self.acceptor = Acceptor(
             lambda: self.site.context,
             {tls.ALPN_DATA: Handler(Role.RECEIVER, self.receiver.serve)},
@@ -251,6 +253,10 @@ class Target:
         )
         self.address = LOOPBACK
         self.peers: list[Peer] = []
+
+    async def applied(self) -> None:
+        """The images hold what is sealed."""
+        await until(lambda: not any(group.holding.pending for group in self.groups._in_hand.values()))
 
     async def call(self, context: ssl.SSLContext) -> Peer:
         """A connection driven by hand, TLS up."""
@@ -344,10 +350,13 @@ async def target(
     thin: bool = True,
     threads: int = 2,
     retention_files: Files | None = None,
+    limits: Limits | None = None,
 ) -> AsyncIterator[Target]:
     """A master target for the time of a test; connections made through it are cut at the end."""
     with Workers(threads) as workers:
-        made = Target(path, workers, files or Files(), credit_bytes, thin, retention_files or Files())
+        retention_files = retention_files or Files()
+        made = Target(path, workers, files or Files(), credit_bytes, thin, retention_files, limits)
+        await made.groups.start()
         made.address = await made.acceptor.start(LOOPBACK)
         try:
             async with asyncio.timeout(HANGS_S):
@@ -356,6 +365,7 @@ async def target(
             for peer in made.peers:
                 peer.writer.transport.abort()
             await made.acceptor.stop()
+            await made.groups.stop()
             made.images.close()
 
 

@@ -86,6 +86,19 @@ def test_gaps_stay_true_when_acknowledgements_come_in_between(history, acknowled
     )
 
 
+@given(st.lists(st.tuples(spans(), st.booleans()), max_size=20), spans())
+def test_what_is_removed_is_missing_again_and_nothing_else(history, span) -> None:
+    coverage, model = Coverage(), set()
+    for (start, end), added in [*history, (span, False)]:
+        (coverage.add if added else coverage.remove)(start * SECTOR_BYTES, end * SECTOR_BYTES)
+        model = model | set(range(start, end)) if added else model - set(range(start, end))
+        intervals = coverage.intervals()
+        assert sectors(intervals) == sorted(model)
+        assert all(before.end < after.start for before, after in pairwise(intervals))
+        assert all(start < end for start, end in intervals)
+    assert coverage.relation(span[0] * SECTOR_BYTES, span[1] * SECTOR_BYTES) is Relation.NEW
+
+
 @given(histories, st.integers(1, DISK_SECTORS))
 def test_whole_means_every_sector_of_the_disk(history, size) -> None:
     coverage, model = covered_by(history)
@@ -96,6 +109,8 @@ def test_whole_means_every_sector_of_the_disk(history, size) -> None:
 def test_an_empty_interval_is_refused(span) -> None:
     with pytest.raises(ValueError, match="empty"):
         Coverage().add(*span)
+    with pytest.raises(ValueError, match="empty"):
+        Coverage([(0, 4096)]).remove(*span)
 
 
 # ------------------------------------------------------------------ cutter

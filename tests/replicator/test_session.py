@@ -85,7 +85,7 @@ async def test_every_disk_is_synced_then_it_is_noted_then_it_is_told(tmp_path: P
         await until(files.waiting.is_set)
         data.send_data(here.frame(opened, MIB, block(1)), here.frame(opened, 0, block(2), disk=1))
         flat = ("a-flat.vmdk", "b-flat.vmdk")
-        await until(lambda: len(here.receiver._sessions[opened.session]._written) == 2)
+        await until(lambda: len(here.receiver._sessions[opened.session]._verified) == 2)
         files.may_go.set()
         await acknowledged(control, MIB)
         told = len(files.steps)
@@ -110,11 +110,11 @@ async def test_the_reason_of_a_failure_goes_out_before_the_images_are_closed(
     async with target(tmp_path) as here:
         control, data, opened = await here.session(here.site.process_server(), DISK)
         may_close = threading.Event()
-        for disk in here.receiver._sessions[opened.session]._group.disks:
+        for disk in here.receiver._sessions[opened.session]._group.holding.group.disks:
             monkeypatch.setattr(disk.image, "close", held(disk.image.close, may_close))
         data.send_data(here.zeros(opened, SIZE, SIZE + 512))
         assert (await control.refused()).code == "protocol.coverage"
-        assert here.receiver._groups
+        assert here.groups._in_hand
         may_close.set()
         await left(here)
 
@@ -200,7 +200,7 @@ async def test_answers_that_are_still_due_when_the_epoch_is_sealed_are_let_go(
         data.send_data(here.zeros(opened, 0, SIZE))
         await acknowledged(control, SIZE)
         may_answer = threading.Event()
-        image = here.receiver._sessions[opened.session]._group.disks[0].image
+        image = here.receiver._sessions[opened.session]._group.holding.group.disks[0].image
         real = image.digests
 
         def slow(*args):
@@ -243,7 +243,7 @@ async def test_a_session_that_is_closing_its_images_is_waited_for_when_it_is_rep
         files.may_go.set()
         event = await newer.receive()
         assert type(event).__name__ == "Opened", event
-        assert session._group.disks[0].image._fd == -1
+        assert session._group.holding.group.disks[0].image._fd == -1
         assert json.loads(here.sidecar("again"))["epoch"] == EPOCH[::-1].hex()
         await acknowledged(busy, MIB)
 
@@ -254,5 +254,5 @@ async def test_tasks_of_a_session_end_with_it(tmp_path: Path) -> None:
         control, data, _ = await here.session(here.site.process_server(), DISK)
         control.reset()
         await data.ended()
-        await until(lambda: not here.acceptor._tasks)
+        await until(lambda: not here.acceptor._tasks and not here.groups._in_hand)
         assert not asyncio.all_tasks() - before

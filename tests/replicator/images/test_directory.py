@@ -16,7 +16,8 @@ from protocol.messages import NO_ID, Consistency, Mode, Open, OpenDisk
 from protocol.payload import Extent
 from replicator.errors import PeerError, SpaceError, StateError, TargetError
 from replicator.files import Files
-from replicator.images.directory import NAME_MAX_BYTES, ImageDirectory, OpenedGroup, check_disk
+from replicator.images.catalogue import NAME_MAX_BYTES, check_disk
+from replicator.images.directory import ImageDirectory, OpenedGroup
 from replicator.private_directory import PrivateDirectory
 from tests.faulty_files import FaultyFiles
 from tests.replicator.pipeline import descriptors, ends
@@ -69,9 +70,18 @@ class Store:
         return sorted(os.listdir(self.path))
 
     def seal(self, *names: str, **how) -> OpenedGroup:
+        """An epoch, sealed and, if it went to a log, applied."""
         with self.group(*names, **how) as (directory, opened):
-            directory.seal(opened)
+            seal(directory, opened)
             return opened
+
+
+def seal(directory: ImageDirectory, opened: OpenedGroup) -> None:
+    logged = opened.journal is None and not opened.sealed
+    directory.seal(opened)
+    if logged:
+        directory.unsettle(opened, opened.epoch)
+        directory.settle(opened, opened.epoch)
 
 
 @pytest.fixture
@@ -105,15 +115,21 @@ def test_a_descriptor_appears_only_when_the_epoch_is_sealed(store: Store) -> Non
     assert (store.path / "os-flat.vmdk").read_bytes() == b"x" * 512 + bytes(SIZE - 512)
 
 
-def test_the_next_epoch_marks_it_dirty_and_keeps_disk_number_and_content(store: Store) -> None:
+def test_the_next_epoch_changes_nothing_before_it_is_applied(store: Store) -> None:
     with store.group("os") as (directory, opened):
         opened.disks[0].image.write([Extent(0, 512)], memoryview(b"x" * 512))
         directory.seal(opened)
     sealed = store.sidecar("os")
     with store.group("os", epoch=LATER) as (directory, again):
         assert (again.disks[0].number, again.epochs.number) == (1, 2)
+        assert again.journal is None and not again.sealed
+        directory.seal(again)
+        assert store.sidecar("os") == sealed
+        directory.unsettle(again, LATER)
         dirty = {"state": "dirty", "epoch": LATER.hex(), "modified_ns": 0}
         assert store.sidecar("os") == {**sealed, **dirty}
+        directory.settle(again, LATER)
+        assert (store.sidecar("os")["state"], store.sidecar("os")["epoch"]) == ("clean", LATER.hex())
         assert not again.disks[0].image.blank
     assert (store.path / "os-flat.vmdk").read_bytes()[:512] == b"x" * 512
 
@@ -221,7 +237,7 @@ def test_the_difference_alone_is_enough_only_without_any_doubt(store: Store, dou
     with store.group("a", "b", epoch=LATER, parent=EPOCH) as (directory, opened):
         assert opened.epochs.mode is expected
         assert [disk.durable.intervals() for disk in opened.disks] == [(), ()]
-        directory.seal(opened)
+        seal(directory, opened)
     with store.group("a", "b", epoch=EPOCH[:1] * 16, parent=LATER) as (_, opened):  # and all is well again
         assert opened.epochs.mode is Mode.INCREMENTAL
 
@@ -230,24 +246,22 @@ def test_a_disk_that_joins_a_group_has_both_sides_compare(store: Store) -> None:
     store.seal("a")
     with store.group("a", "new", epoch=LATER, parent=EPOCH) as (directory, opened):
         assert opened.epochs.mode is Mode.RESYNC
-        directory.seal(opened)
+        seal(directory, opened)
     assert mode_after(store, "a", "new", epoch=EPOCH[::-1]) is Mode.RESYNC  # it compares with what is old
     assert (store.path / "new.vmdk").exists()
 
 
 def test_an_epoch_under_way_goes_on_with_what_its_journal_holds(store: Store) -> None:
     store.seal("a", "b")
-    with store.group("a", "b", epoch=LATER, parent=EPOCH) as (_, begun):
-        assert begun.journal is not None
-        begun.journal.append([(1, 0, 65536), (2, 65536, SIZE)])
+    with store.group("a", "b", epoch=LATER, parent=EPOCH) as (directory, begun):
+        directory.note_durable(begun.epochs.number, [(1, 0, 65536), (2, 65536, SIZE)])
     with store.group("a", "b", epoch=LATER) as (_, again):
         assert again.epochs == begun.epochs  # number and mode, though the sender knows no parent any more
         assert [disk.durable.intervals() for disk in again.disks] == [((0, 65536),), ((65536, SIZE),)]
     with store.group("a", "b", epoch=EPOCH[::-1]) as (_, other):
         assert other.epochs.number > begun.epochs.number
         assert [disk.durable.intervals() for disk in other.disks] == [(), ()]
-    names = [name for name in store.retention.names() if name.endswith(".coverage")]
-    assert names == [f"epoch-{other.epochs.number}.coverage"]
+    assert not [name for name in store.retention.names() if name.endswith(".coverage")]
 
 
 @pytest.mark.parametrize("doubt", [edit_sidecar(epoch="ff" * 16), other_content_id, lose_retention])
@@ -255,9 +269,8 @@ def test_what_a_journal_says_of_an_image_that_is_no_longer_the_same_is_not_belie
     store: Store, doubt: Callable[[Store], None]
 ) -> None:
     store.seal("a")
-    with store.group("a", epoch=LATER) as (_, begun):
-        assert begun.journal is not None
-        begun.journal.append([(1, 0, SIZE)])
+    with store.group("a", epoch=LATER) as (directory, begun):
+        directory.note_durable(begun.epochs.number, [(1, 0, SIZE)])
     doubt(store)
     with store.group("a", epoch=LATER) as (_, again):
         assert again.disks[0].durable.intervals() == ()
@@ -267,11 +280,12 @@ def test_a_sealed_epoch_is_opened_whole_and_sealed_again_without_a_change(store:
     first = store.seal("a", "b")
     before = store.sidecar("a"), store.catalogue(), store.retention.names()
     again = store.seal("a", "b")
-    assert again.journal is None and again.epochs.number == first.epochs.number
+    assert again.sealed and again.epochs.number == first.epochs.number
     assert [disk.durable.intervals() for disk in again.disks] == [((0, SIZE),)] * 2
     assert (store.sidecar("a"), store.catalogue(), store.retention.names()) == before
     touch(store)
-    assert store.seal("a", "b").journal is not None  # not whole: somebody may have written to it
+    again = store.seal("a", "b")  # not whole: somebody may have written to it
+    assert not again.sealed and again.adopted == first.epochs.number + 1
 
 
 # ------------------------------------------------------------------ numbers and owners

@@ -63,7 +63,8 @@ def test_what_is_sealed_takes_its_difference_and_says_so_again(directory: ImageD
     assert opened(directory, A) == (Mode.FULL, [MIB, MIB])
     assert opened(directory, B, parent=A) == (Mode.INCREMENTAL, [0, 0])
     assert opened(directory, B) == (Mode.INCREMENTAL, [0, 0])
-    assert opened(directory, C, parent=A) == (Mode.RESYNC, [0, 0])
+    assert opened(directory, C, parent=B) == (Mode.RESYNC, [0, 0])  # which was never sealed
+    assert opened(directory, C, parent=A) == (Mode.RESYNC, [0, 0])  # it goes on as it was begun
 
 
 def test_somebody_elses_write_makes_it_unknown(directory: ImageDirectory, folder: Path) -> None:

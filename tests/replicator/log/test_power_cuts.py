@@ -1,0 +1,207 @@
+"""The power fails before any call, and any of what was not synced is lost: no acknowledged batch ever is.
+
+A random script writes, rolls, drops, reopens and finishes a log whose files forget unsynced sectors, sizes
+and names. What is found then must be what was acknowledged, and at most the step that was under way besides.
+"""
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from replicator.errors import StateError
+from replicator.files import Files
+from replicator.log.gather import Frame
+from replicator.log.log import Kind, Log
+from tests.faulty_files import FaultyFiles, PowerCut
+from tests.replicator.log.batches import EPOCH, KIB, PAGE, SEED, Content, directory, frame, held, plain
+
+SEGMENT_BYTES = 48 * KIB
+SIZES = (0, 512, PAGE, PAGE + 512, 20 * KIB)
+STEPS = 14
+
+
+@dataclass
+class Model:
+    """What a log was told. Batches by their note; the segments in which they are; what is under way."""
+
+    batches: dict[int, list[Frame]] = field(default_factory=dict)
+    segments: dict[int, list[int]] = field(default_factory=dict)
+    created: bool = False
+    finished: bool = False
+    writing: int = 0
+    dropping: int = 0
+    finishing: bool = False
+
+    def dropped(self) -> dict[int, list[int]]:
+        return {number: notes for number, notes in self.segments.items() if number != self.dropping}
+
+    def allows(self, log: Log | None) -> bool:
+        """Whether this is what may be found."""
+        if log is None:
+            return not self.created or (self.finished and not self.dropped())
+        if log.finished not in {self.finished, self.finished or self.finishing}:
+            return False
+        possible = []
+        for segments in (self.segments, self.dropped()):
+            notes = [note for number in sorted(segments) for note in segments[number]]
+            possible += [notes, [*notes, self.writing]] if self.writing else [notes]
+        return (log.notes(), held(log)) in [(frozenset(notes), self.content(notes)) for notes in possible]
+
+    def content(self, notes: list[int]) -> Content:
+        return plain([self.batches[note] for note in notes])
+
+
+def script(files: Files, dir_fd: int, rng: random.Random, model: Model) -> None:
+    """Use a log in any way that is allowed, telling the model before and after each step."""
+    log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
+    model.created = True
+    for note in range(1, STEPS + 1):
+        step = rng.choices(("write", "roll", "drop", "reopen"), (12, 1, 2, 1))[0]
+        if step == "write":
+            model.batches[note] = [frame(rng, rng.choice(SIZES)) for _ in range(rng.randint(0, 2))]
+            model.writing = note
+            log.write(model.batches[note], note)
+            model.writing = 0
+            model.segments.setdefault(log.segments()[-1], []).append(note)
+        elif step == "roll":
+            log.roll()
+        elif step == "drop":
+            drop_oldest(log, model)
+        else:
+            log.close()
+            reopened = Log.open(files, dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
+            assert reopened is not None
+            log = reopened
+    if rng.random() < 0.5:
+        model.finishing = True
+        log.finish()
+        model.finished = True
+        while log.segments() and rng.random() < 0.5:
+            drop_oldest(log, model)
+    log.close()
+
+
+def drop_oldest(log: Log, model: Model) -> None:
+    oldest = log.segments()[0]
+    if log.closed(oldest):
+        model.dropping = oldest
+        log.drop(oldest)
+        model.segments.pop(oldest, None)
+        model.dropping = 0
+
+
+def check(path: Path, model: Model, files: FaultyFiles, rng: random.Random) -> str:
+    """What is found is allowed, stays, and can be gone on with. Says what became of the batch in flight."""
+    with directory(path) as dir_fd:
+        log = Log.open(files, dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
+        assert model.allows(log)
+        if log is None:
+            return "no log"
+        found = log.notes(), held(log)
+        in_flight = "none" if not model.writing else "kept" if model.writing in found[0] else "lost"
+        if not log.finished:
+            more = [frame(rng, 512)]
+            log.write(more)
+            found = found[0], [*found[1], *plain([more])]
+        log.close()
+        files.power_cut()  # what was found once is durable
+        log = Log.open(Files(), dir_fd, Kind.REDO, EPOCH, SEED)
+        assert log is not None
+        assert (log.notes(), held(log)) == found
+        log.close()
+        return in_flight
+
+
+def cut(path: Path, files: FaultyFiles, action: Callable[[int], None]) -> bool:
+    """Do something to the directory until the power fails; whether it did."""
+    was_cut = False
+    with directory(path) as dir_fd:
+        try:
+            action(dir_fd)
+        except PowerCut:
+            was_cut = True
+        files.power_cut()
+    return was_cut
+
+
+def power_cuts(
+    folder: Path, seed: int, make: Callable[[int], FaultyFiles], *, most: int, recoveries: int = 0
+) -> Counter[str]:
+    """Run one script, with the power failing before each of its calls; counts what `check` says.
+
+    `recoveries`: how often it fails again while the log is being opened.
+    """
+    seen: Counter[str] = Counter()
+    for kth in range(1, most + 1):
+        path = folder / "log"
+        shutil.rmtree(path, ignore_errors=True)
+        model, rng, files = Model(), random.Random(seed + kth), make(seed + kth)
+        files.cut_before(kth)
+        was_cut = cut(path, files, partial(script, files, rng=random.Random(seed), model=model))
+        for _ in range(recoveries):
+            files = make(rng.getrandbits(64))
+            files.cut_before(rng.randint(1, 25))
+            cut(path, files, partial(open_and_close, files))
+        try:
+            seen[check(path, model, FaultyFiles(seed), rng)] += 1
+        except (AssertionError, StateError) as error:
+            raise AssertionError(f"script {seed}, power failed before call {kth}: {error}") from error
+        if not was_cut:
+            break
+    return seen
+
+
+def open_and_close(files: Files, dir_fd: int) -> None:
+    log = Log.open(files, dir_fd, Kind.REDO, EPOCH, SEED)
+    if log is not None:
+        log.close()
+
+
+@pytest.mark.parametrize("recoveries", [0, 2])
+def test_whenever_the_power_fails_every_acknowledged_batch_is_found(
+    in_memory: Path, seed: int, count, recoveries: int
+) -> None:
+    wanted = count((1_000, 500)[recoveries // 2], 500_000)
+    seen: Counter[str] = Counter()
+    while seen.total() < wanted:
+        most = wanted - seen.total()
+        seen += power_cuts(in_memory, seed, FaultyFiles, most=most, recoveries=recoveries)
+        seed += 1_000_003
+    assert min(seen[kind] for kind in ("none", "kept", "lost", "no log")) > 0, seen
+
+
+# ------------------------------------------------------------------ the test would see it
+
+
+class NoDataSync(FaultyFiles):
+    """A disk that says "durable" and is not: acknowledged before it is synced."""
+
+    def fdatasync(self, fd: int) -> None:
+        self._step("fdatasync", self._name(fd))
+
+
+class NoDirectorySync(FaultyFiles):
+    """New names are not made durable."""
+
+    def fsync(self, fd: int) -> None:
+        if self._name(fd).endswith(".seg"):
+            super().fsync(fd)
+        else:
+            self._step("fsync", self._name(fd))
+
+
+@pytest.mark.parametrize("broken", [NoDataSync, NoDirectorySync])
+def test_a_log_that_does_not_sync_is_caught(in_memory: Path, broken: type[FaultyFiles]) -> None:
+    caught = 0
+    for seed in range(6):
+        try:
+            power_cuts(in_memory, seed, broken, most=1_000)
+        except AssertionError:
+            caught += 1
+    assert caught >= 3
