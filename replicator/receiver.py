@@ -16,7 +16,8 @@ from replicator import __version__, refusals
 from replicator.buffers import Buffer, BufferPool
 from replicator.credit_pool import CreditPool
 from replicator.groups import Groups
-from replicator.session import ReceivingParts, Session
+from replicator.receiving import ReceivingParts
+from replicator.session import Session
 from replicator.transport.stream import Stream
 from replicator.workers import Workers
 

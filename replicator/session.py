@@ -16,10 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
 
-from protocol.connection import Body, Data
+from protocol.connection import Data
 from protocol.constants import HEADER_BYTES, MIB, STREAMS_MAX
 from protocol.errors import RemoteProtocolError
 from protocol.header import Flags
@@ -30,6 +28,7 @@ from protocol.messages import (
     DigestsWanted,
     DiskCoverage,
     Interval,
+    Open,
     Opened,
     Seal,
     Sealed,
@@ -38,16 +37,15 @@ from protocol.messages import (
 from protocol.payload import new_decompressor, unpack
 from protocol.state import State
 from replicator import refusals
-from replicator.buffers import BufferPool
-from replicator.credit_pool import CreditPool, Share
+from replicator.credit_pool import Share
 from replicator.digest import BLOCK_BYTES, FINE_BYTES
 from replicator.errors import ReplicatorError, cause_of
 from replicator.extents import Coverage, Relation
 from replicator.failpoints import reach
-from replicator.groups import GroupInHand, Groups
+from replicator.groups import GroupInHand
 from replicator.images.directory import OpenedDisk
+from replicator.receiving import ReceivingDisk, ReceivingParts, Verified
 from replicator.transport.stream import Stream
-from replicator.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -57,59 +55,6 @@ WANTED_MAX = 64  # a session in which more fails to verify has another trouble t
 REQUESTS_MAX = 64  # a sender asks for windows of a disk, a few ahead
 _LISTENING = (State.OPEN, State.SEALING)  # where ACK and DIGESTS are allowed
 DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk: small enough to come while the next are read
-
-
-@dataclass(frozen=True, slots=True)
-class ReceivingParts:
-    """What a daemon's sessions share.
-
-    Attributes:
-        groups: what the master target holds.
-        workers: threads for disk and CPU work.
-        seed: the installation's hash seed.
-        credit: the daemon's pool of credit, which bounds its memory.
-        pool: memory for frames.
-        give: takes the memory of a DATA body back.
-    """
-
-    groups: Groups
-    workers: Workers
-    seed: int
-    credit: CreditPool
-    pool: BufferPool
-    give: Callable[[Body], None]
-
-
-@dataclass(slots=True)
-class ReceivingDisk:
-    """A disk of the epoch under way. ``claimed``: arrived; ``durable``: of it, what a commit has covered."""
-
-    opened: OpenedDisk
-    claimed: Coverage
-    durable: Coverage
-
-    @property
-    def number(self) -> int:
-        """What frames call it."""
-        return self.opened.number
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.opened.image.size_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A frame that holds what was read at the source, and is not yet durable."""
-
-    disk: ReceivingDisk
-    data: Data
-
-    @property
-    def wire_bytes(self) -> int:
-        """What it cost of the credit."""
-        return HEADER_BYTES + self.data.header.body_len
 
 
 class Session:
@@ -340,10 +285,19 @@ class Session:
                 await self._seal(message)
             elif isinstance(message, DigestsWanted):
                 self._ask(message)
+            elif isinstance(message, Open):
+                await self._open_again(message)
             elif isinstance(message, Bye):
                 return
             else:
                 raise refusals.unsupported(type(message).__name__)
+
+    async def _open_again(self, wanted: Open) -> None:
+        """The epoch that was just sealed is opened: the answer says that the images hold it."""
+        if wanted.epoch != self._group.holding.group.epoch:
+            raise refusals.unsupported("OPEN of another epoch in the same session")
+        await self._group.applied()
+        self._open()
 
     def _ask(self, wanted: DigestsWanted) -> None:
         """Queue a request for digests, if it makes sense."""
