@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
@@ -17,7 +17,7 @@ from replicator.clock import Clock
 from replicator.enrolment import Enrolment
 from replicator.errors import TrustError
 from replicator.files import Files
-from replicator.groups import Groups
+from replicator.groups import Groups, Limits
 from replicator.images.directory import ImageDirectory
 from replicator.private_directory import PrivateDirectory
 from replicator.receiver import Receiver
@@ -40,12 +40,14 @@ class MasterTargetConfig:
         directory: where the VMDKs are written.
         retention: where its own things lie: authority, tokens, catalogue.
         listen: address; port 0 takes any free one.
+        limits: what each group may keep.
         thin: whether new VMDKs are thin.
     """
 
     directory: Path
     retention: Path
     listen: Address
+    limits: Limits = field(default_factory=Limits)
     thin: bool = True
 
 
@@ -80,7 +82,14 @@ class MasterTarget:
             workers=self._workers,
             is_revoked=lambda _: False,  # a master target of its own has no list: its owner makes it anew
         )
-        self._groups = Groups(self._images, retention, self._workers, authority.hash_seed, self._clock)
+        self._groups = Groups(
+            self._images,
+            retention,
+            self._workers,
+            authority.hash_seed,
+            self._clock,
+            self._config.limits,
+        )
         await self._groups.start()
         receiver = Receiver(self._groups, self._workers, authority.hash_seed, identify)
         self._acceptor = Acceptor(

@@ -53,7 +53,7 @@ def parse_changes(content: bytes, name: str, sizes: Mapping[str, int]) -> Change
             ``changes.misaligned``, ``changes.out_of_range``.
     """
     try:
-        found = json.loads(content, object_pairs_hook=_without_twins)
+        found = _decoded(content)
         if not isinstance(found, dict) or found.keys() != {"since", "disks"}:
             raise ValueError("it is not a record of since and disks")
         since, disks = _epoch(found["since"]), found["disks"]
@@ -61,7 +61,7 @@ def parse_changes(content: bytes, name: str, sizes: Mapping[str, int]) -> Change
             raise ValueError("disks is not a record of lists")
         for extents in disks.values():
             _check_types(extents)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(
             "changes.malformed",
             f"{name} is no list of changed extents: {error}",
@@ -72,6 +72,13 @@ def parse_changes(content: bytes, name: str, sizes: Mapping[str, int]) -> Change
     return Changes(
         since, {disk: _blocks(extents, disk, sizes[disk], name) for disk, extents in disks.items()}
     )
+
+
+def _decoded(content: bytes) -> object:
+    try:
+        return json.loads(content, object_pairs_hook=_without_twins)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise ValueError("not JSON") from None
 
 
 def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -28,6 +28,7 @@ PAGE_BYTES = 4 * KIB
 BLOCKS_A_PAGE = PAGE_BYTES // DIGEST_BYTES - 1  # the first 16 bytes hold the page's hash and its number
 PAGE_SPAN_BYTES = BLOCKS_A_PAGE * BLOCK_BYTES
 _HEAD_BYTES = DIGEST_BYTES
+_NO_DIGESTS = bytes(PAGE_BYTES)
 
 
 def block_count(size: int) -> int:
@@ -92,11 +93,13 @@ class DigestMapBuilder:
         while start < end:
             page, first = divmod(start // BLOCK_BYTES, BLOCKS_A_PAGE)
             count = min(BLOCKS_A_PAGE - first, len(digests) // DIGEST_BYTES - position)
-            content, known = self._page(page)
-            content[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES] = digests[
-                position * DIGEST_BYTES : (position + count) * DIGEST_BYTES
-            ]
-            self._filled(page, known, start, min(start + count * BLOCK_BYTES, end))
+            row = digests[position * DIGEST_BYTES : (position + count) * DIGEST_BYTES]
+            if count == BLOCKS_A_PAGE and page not in self._pages:
+                self._write(page, row)
+            else:
+                content, known = self._page(page)
+                content[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES] = row
+                self._filled(page, known, start, min(start + count * BLOCK_BYTES, end))
             position += count
             start += count * BLOCK_BYTES
 
@@ -120,7 +123,7 @@ class DigestMapBuilder:
             if self._failed or self._fd < 0 or not self._known.is_whole(self._size):
                 return None
             for page in list(self._pages):
-                self._write(page)
+                self._write(page, self._pages.pop(page)[0])
             self._files.fdatasync(self._fd)
             return _root(self._files, self._fd, self._size, self._seed)
         except OSError as error:
@@ -153,10 +156,9 @@ class DigestMapBuilder:
         known.add(start, end)
         first = page * PAGE_SPAN_BYTES
         if known.covered_bytes == min(PAGE_SPAN_BYTES, self._size - first):
-            self._write(page)
+            self._write(page, self._pages.pop(page)[0])
 
-    def _write(self, page: int) -> None:
-        content, _ = self._pages.pop(page)
+    def _write(self, page: int, content: bytes | bytearray) -> None:
         if page not in self._written and content == self._zero_page(page):
             return
         self._written.add(page)
@@ -193,15 +195,17 @@ class DigestMap:
         ``OSError``.
         """
         rows = []
+        page, behind = start // PAGE_SPAN_BYTES, -(-end // PAGE_SPAN_BYTES)
+        content = memoryview(bytearray((behind - page) * PAGE_BYTES))
+        read_fully(self._files, self._fd, content, page * PAGE_BYTES)
         while start < end:
-            page, first = divmod(start // BLOCK_BYTES, BLOCKS_A_PAGE)
-            behind = min((page + 1) * PAGE_SPAN_BYTES, end)
-            count = -(-(behind - start) // BLOCK_BYTES)
-            view = memoryview(bytearray(count * DIGEST_BYTES))
-            read_fully(self._files, self._fd, view, page * PAGE_BYTES + _HEAD_BYTES + first * DIGEST_BYTES)
-            row = bytes(view)
-            rows.append(row if any(row) else zero_row(Interval(start, behind), self._size, self._seed))
-            start = behind
+            stop = min(start - start % PAGE_SPAN_BYTES + PAGE_SPAN_BYTES, end)
+            first = _HEAD_BYTES + start % PAGE_SPAN_BYTES // BLOCK_BYTES * DIGEST_BYTES
+            count = -(-(stop - start) // BLOCK_BYTES) * DIGEST_BYTES
+            row = bytes(content[first : first + count])
+            is_hole = row == _NO_DIGESTS[:count]
+            rows.append(zero_row(Interval(start, stop), self._size, self._seed) if is_hole else row)
+            content, start = content[PAGE_BYTES:], stop
         return b"".join(rows)
 
     def close(self) -> None:

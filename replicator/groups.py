@@ -18,6 +18,7 @@ from replicator.clock import Clock
 from replicator.errors import ReplicatorError, SpaceError
 from replicator.holding import Frame, Holding
 from replicator.images.directory import ImageDirectory
+from replicator.log.log import SEGMENT_BYTES
 from replicator.log.place import GroupDirectory
 from replicator.log.points import Retention
 from replicator.private_directory import PrivateDirectory
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 APPLIERS = 2  # groups at once: more would only take the disk from one another and the threads from sessions
 SPACE_RETRY_S = 5.0
+LOG_BYTES_MIN = 4 * SEGMENT_BYTES  # one is written, one applied, and what was granted comes meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Limits:
     """What a group may keep.
 
     Attributes:
-        log_bytes: of an epoch that is not applied; more is applied early. At least four segments.
+        log_bytes: of an epoch that is not applied; more is applied early. At least LOG_BYTES_MIN.
         retention: how long its recovery points stay.
     """
 

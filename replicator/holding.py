@@ -77,17 +77,23 @@ class Holding:
 
     @classmethod
     def open_again(cls, place: GroupDirectory, images: ImageDirectory, seed: int) -> Holding | None:
-        """Take a group in hand whose sealed epochs are still to be applied; None: nothing to do."""
+        """Take a group in hand whose sealed epochs are still to be applied, or were just before they could
+        be told to be; None: nothing to do.
+        """
         known = images.epochs_of(place.group)
         with ExitStack() as opening:
             book = Logbook.open(place, known.sealed, known.under_way, seed)
             opening.callback(book.close)
-            if not book.pending:
+            newest = book.record.epochs[-1:]
+            disks = [OpenDisk(disk.name, disk.size) for epoch in newest for disk in epoch.disks]
+            if not book.pending and (book.record.early or images.settled(disk.name for disk in disks)):
                 return None
-            disks = [OpenDisk(disk.name, disk.size) for disk in book.record.epochs[-1].disks]
             group = images.open_again(place.group, disks, book.lineage)
             if group is None:
                 return None
+            opening.callback(group.close)
+            if not book.pending:
+                images.settle(group, known.sealed)
             opening.pop_all()
         return cls(images, book, group, None, seed)
 
@@ -214,10 +220,11 @@ class Holding:
                 self._sealed_disks(),
                 now_ns,
             )
-        elif book.record.early and book.record.under_way != group.epoch:
+        elif book.record.early and book.record.number != group.epochs.number:  # an id may come again
             self._undo_early()
-        if not book.pending and not book.record.early:
-            self._images.settle_rest(group, group.epochs.sealed)
+        being_applied = book.pending or book.record.early
+        if not being_applied and not self._images.settled(disk.name for disk in group.disks):
+            self._images.settle(group, group.epochs.sealed)  # a crash came between the last write and this
         if not group.sealed:
             book.begin(group.epochs.number)
 

@@ -234,17 +234,15 @@ class Sender:
             return {}
         if opened.sealed == changes.since and opened.mode is Mode.INCREMENTAL:
             return changes.disks
-        since, sealed = changes.since.hex(), opened.sealed.hex()
-        why = f"they are since epoch {since}, " + (
-            "but the target's images were changed since or are new"
-            if opened.sealed == changes.since
-            else f"the target's newest is {sealed}"
-            if opened.sealed != NO_ID
-            else "the target has sealed none"
-        )
-        if why != self._told:
-            self._tell(f"the changed extents cannot be used: {why}; comparing instead")
-            self._told = why
+        why = f"the target's newest is {opened.sealed.hex()}"
+        if opened.sealed == NO_ID:
+            why = "the target has sealed none"
+        elif opened.sealed == changes.since:
+            why = "the target's images are new or may hold something else"
+        line = f"the list of changed extents is not used: it is since epoch {changes.since.hex()}, but {why}"
+        if line != self._told:
+            self._tell(line)
+            self._told = line
         return {}
 
     def _finish(self, epoch: _Epoch) -> None:

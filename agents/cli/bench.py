@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from agents.cli.output import DONE, FAILED, document, say
-from replicator.errors import ReplicatorError, UsageError
-
-UNITS = {"": 1, "M": 1 << 20, "G": 1 << 30}
+from agents.cli.sizes import parse_size
+from replicator.errors import ReplicatorError
 
 
 def bench(  # noqa: PLR0913, PLR0917 - one parameter an option
@@ -50,7 +48,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter an option
     from bench.plot import draw, ready
 
     options = Options(
-        size_bytes=_bytes(size),
+        size_bytes=None if size is None else parse_size("--size", size),
         rounds=rounds,
         parts=tuple(only) if only else PARTS,
         quick=quick,
@@ -79,18 +77,3 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter an option
             fix="see to that, or leave the part out: --only",
         ) from None
     return FAILED if report.failures(found) else DONE
-
-
-def _bytes(text: str | None) -> int | None:
-    """A size as it is given."""
-    if text is None:
-        return None
-    given = re.fullmatch(r"(\d{1,6})([MG]?)", text.upper())
-    if given is None:
-        raise UsageError(
-            "usage.size",
-            f"--size {text!r} is not a size",
-            cause="it is not a number with M or G behind it",
-            fix="give one such as 512M or 4G",
-        )
-    return int(given[1]) * UNITS[given[2]]

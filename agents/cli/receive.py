@@ -22,6 +22,12 @@ def receive(
             readable=False, help="Where authority, tokens and catalogue lie. Default: DIRECTORY/.replicator"
         ),
     ] = None,
+    journal_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a group's log, at least 256M; what is beyond is applied before the seal. Default: 16G"
+        ),
+    ] = None,
     thick: Annotated[bool, typer.Option("--thick", help="Allocate new VMDKs whole.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -30,15 +36,21 @@ def receive(
     The token lets one process server join within an hour; every start prints a fresh one. Process servers
     that have joined need none.
     """
+    from agents.cli.sizes import parse_size
     from agents.lifecycle import run
     from agents.master_target import MasterTargetConfig
     from replicator.errors import Interrupted
+    from replicator.groups import LOG_BYTES_MIN, Limits
     from replicator.transport.dial import Address
 
+    limits = Limits()
+    if journal_size is not None:
+        limits = Limits(log_bytes=parse_size("--journal-size", journal_size, LOG_BYTES_MIN))
     config = MasterTargetConfig(
         directory=directory,
         retention=retention or directory / ".replicator",
         listen=Address.parse(listen),
+        limits=limits,
         thin=not thick,
     )
     try:

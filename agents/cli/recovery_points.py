@@ -22,6 +22,7 @@ def recovery_points(
     """List recovery points, oldest first. The master target may be running."""
     from replicator.errors import TargetError
     from replicator.files import Files
+    from replicator.images.catalogue import load
     from replicator.log import points
     from replicator.log.place import GroupDirectory
     from replicator.private_directory import PrivateDirectory
@@ -36,10 +37,14 @@ def recovery_points(
         )
     place = PrivateDirectory(Files(), own)
     names = [name for name in sorted(GroupDirectory.names(place)) if group in (None, name)]
+    with place.held() as held:
+        catalogue = load(held)
     found = [
         {"group": name, **point}
         for name in names
         for point in points.describe(GroupDirectory(place, name).load())
+        # Recorded, but the target died before it was sealed: dropped, or sealed, by the next OPEN.
+        if point["id"] != catalogue.epochs_of(name).under_way.hex()
     ]
     if as_json:
         document({"recovery_points": found})

@@ -15,20 +15,20 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from protocol.constants import ID_BYTES
-from protocol.messages import NO_ID, Open, OpenDisk
+from protocol.messages import NO_ID, Mode, Open, OpenDisk
 from replicator.errors import PeerError, TargetError
 from replicator.extents import Coverage
 from replicator.files import Files
 from replicator.images.catalogue import Entry, GroupEpochs, admit, check_disk, load, store
 from replicator.images.coverage_journal import CoverageJournal, remove_journal
 from replicator.images.flat_vmdk import FlatVmdk, flat_name
-from replicator.images.sidecar import Sidecar, read_sidecar, write_sidecar
+from replicator.images.sidecar import Sidecar, content_id, read_sidecar, write_sidecar
 from replicator.plan import TargetState, choose_mode
 from replicator.private_directory import PrivateDirectory
 
@@ -164,24 +164,21 @@ class ImageDirectory:
             entries, updated = admit(catalogue, owner, wanted.group, wanted.disks)
             images = self._open_images(wanted.disks, opening)
             known = catalogue.epochs_of(wanted.group)
-            direct = not any(image.published for image in images)
+            state = self._state_of_direct(known, entries, images)
+            being_published = known.mode is Mode.FULL and wanted.epoch == state.under_way != NO_ID
+            direct = being_published or not any(image.published for image in images)
             adopted = 0
             lineage = lineage or Lineage(known.sealed)
             if not direct and not self._holds(lineage, entries, images):
                 known = replace(
-                    known,
-                    sealed=secrets.token_bytes(ID_BYTES),
-                    under_way=NO_ID,
-                    number=updated.next_epoch,
+                    known, sealed=secrets.token_bytes(ID_BYTES), under_way=NO_ID, number=updated.next_epoch
                 )
                 updated = updated.with_epochs(known)
                 adopted = known.number
                 for entry, image in zip(entries, images, strict=True):
                     image.blank = False  # from now on what lies there counts
                     self._mark(entry, image, known.sealed, clean=True)
-            if direct:
-                state = self._state_of_direct(known, entries, images)
-            else:
+            if not direct:
                 state = TargetState(known.sealed, known.under_way, known.mode, blank=False, clean=True)
             if state.clean and wanted.epoch == state.sealed:
                 opening.pop_all()
@@ -267,33 +264,30 @@ class ImageDirectory:
             TargetError, SpaceError: one could not be published; none is marked clean.
         """
         for disk in group.disks:
-            disk.image.publish(secrets.randbelow(0xFFFFFFFE))
+            disk.image.publish(content_id(epoch))
         for disk in group.disks:
             self._mark(_entry(group, disk), disk.image, epoch, clean=True)
 
-    def settle_rest(self, group: OpenedGroup, epoch: bytes) -> None:
-        """As ``settle``, where a crash came between the last write and it."""
-        marks = [read_sidecar(self._files, self._dir_fd, disk.name) for disk in group.disks]
-        if any(mark is not None and not mark.clean for mark in marks):
-            self.settle(group, epoch)
+    def settled(self, disks: Iterable[str]) -> bool:
+        """Whether no disk of these names says that it is between two states."""
+        marks = [read_sidecar(self._files, self._dir_fd, disk) for disk in disks]
+        return all(mark is None or mark.clean for mark in marks)
 
     def note_durable(self, number: int, entries: Iterable[tuple[int, int, int]]) -> None:
         """(disk, start, end) of epoch ``number`` is in the images before its seal; durable on return."""
-        with self._retention.held() as held:
-            journal = CoverageJournal.open(held, number)
-            try:
-                journal.append(entries)
-            finally:
-                journal.close()
+        with self._retention.held() as held, closing(CoverageJournal.open(held, number)) as journal:
+            journal.append(entries)
 
     def _state_of_direct(
         self, known: GroupEpochs, entries: Sequence[Entry], images: Sequence[FlatVmdk]
     ) -> TargetState:
-        """What images hold of which none is a VMDK yet. One without its own sidecar holds nothing."""
+        """What a first epoch has left, VMDKs of ours among it if a crash came before the seal was noted."""
         nothing = TargetState(known.sealed, blank=all(image.blank for image in images))
         for entry, image in zip(entries, images, strict=True):
             sidecar = self._sidecar_of(entry, image)
-            if sidecar is None or sidecar.cid != image.cid or sidecar.epoch != known.under_way:
+            if sidecar is None or sidecar.epoch != known.under_way:
+                return nothing
+            if image.cid not in (sidecar.cid, content_id(sidecar.epoch)):
                 return nothing
         return replace(nothing, under_way=known.under_way, under_way_mode=known.mode)
 

@@ -7,6 +7,7 @@ way; the disk is between two states.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 from replicator.failpoints import reach
@@ -18,6 +19,7 @@ _FIELDS = {
     "version": int, "owner": str, "disk": int, "epoch": str, "state": str, "cid": str, "modified_ns": int
 }  # fmt: skip
 _VERSION = 1
+_NONE_OF_OURS = frozenset({errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EFBIG})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,26 @@ def sidecar_name(disk: str) -> str:
     return f"{disk}.replica.json"
 
 
+def content_id(epoch: bytes) -> int:
+    """What the descriptor of a disk that holds this epoch says: so ours is known again after a crash."""
+    return int.from_bytes(epoch[:4], "little") % 0xFFFFFFFE  # the two above have meanings of their own
+
+
 def read_sidecar(files: Files, dir_fd: int, disk: str) -> Sidecar | None:
-    """A disk's sidecar; None where there is none that holds: the disk is then as good as unknown."""
+    """A disk's sidecar; None where there is none that holds: the disk is then as good as unknown.
+
+    Raises:
+        TargetError, SpaceError: it cannot be read now. That says nothing about the disk.
+    """
+    name = sidecar_name(disk)
     try:
-        record = decode_record(read_small_file(files, dir_fd, sidecar_name(disk)), _FIELDS)
+        content = read_small_file(files, dir_fd, name)
+    except OSError as error:
+        if error.errno in _NONE_OF_OURS:
+            return None
+        raise failure(error, "target.read_failed", f"cannot read {name}") from error
+    try:
+        record = decode_record(content, _FIELDS)
         return Sidecar(
             record["owner"],
             record["disk"],
@@ -51,7 +69,7 @@ def read_sidecar(files: Files, dir_fd: int, disk: str) -> Sidecar | None:
             int(record["cid"], 16),
             record["modified_ns"],
         )
-    except (OSError, ValueError):
+    except ValueError:
         return None
 
 

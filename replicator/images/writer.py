@@ -239,9 +239,11 @@ class FileImage:
         return failure(error, "target.read_failed", f"cannot read {self.name}")
 
     def _write_run(self, offset: int, data: memoryview) -> None:
+        done = 0
         first, behind = self._direct_part(offset, data)
-        write_fully(self._files, self._fd, data[:first], offset)
-        done = first + self._write_direct(data[first:behind], offset + first)
+        if first < behind:
+            write_fully(self._files, self._fd, data[:first], offset)
+            done = first + self._write_direct(data[first:behind], offset + first)
         write_fully(self._files, self._fd, data[done:], offset + done)
 
     def _direct_part(self, offset: int, data: memoryview) -> tuple[int, int]:
@@ -256,8 +258,6 @@ class FileImage:
 
     def _write_direct(self, data: memoryview, offset: int) -> int:
         """Write once, past the page cache; returns how much was written. The rest is for a buffered write."""
-        if not data:
-            return 0
         try:
             return self._files.pwrite(self._direct_fd, data, offset)
         except OSError as error:

@@ -53,7 +53,7 @@ class Logbook:
         try:
             epochs = book.record.epochs
             if epochs and epochs[-1].id == under_way:  # the catalogue never heard of the seal
-                book.record = replace(book.record, epochs=epochs[:-1])
+                book._unseal(epochs[-1])
             if book.record.sealed == sealed:
                 book._open_pending()
             else:
@@ -185,6 +185,14 @@ class Logbook:
         if self._dir_fd >= 0:
             self._files.close(self._dir_fd)
             self._dir_fd = -1
+
+    def _unseal(self, newest: SealedEpoch) -> None:
+        """Nobody was told that the newest epoch is sealed: it is under way again. Durable on return."""
+        early = (Kind.UNDO, newest.number) in logs.found(self._files, self._dir_fd)
+        before = self.record.epochs[:-1]
+        self._store(
+            replace(self.record, epochs=before, under_way=newest.id, number=newest.number, early=early)
+        )
 
     def _open_pending(self) -> None:
         """The logs of sealed epochs; if one does not hold, none of the record does."""

@@ -91,16 +91,14 @@ class PointView:
             generation = self._past.generation()
             async with aclosing(self._parts(position, generation)) as parts:
                 async for part in parts:
-                    if self._past.generation() != generation:
-                        break  # what was said of the image may be out of date
                     yield part
                     position = part.end
 
     async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
         """See ``Source.read_into``; also StateError ``log.damaged``, TargetError ``log.read_failed``."""
         while True:
-            paint = partial(self._paint, extents, view, self._past.generation(), then)
-            answer = await self._base.read_into(extents, view, paint)
+            finish = partial(self._finish, extents, view, self._past.generation(), then)
+            answer = await self._base.read_into(extents, view, finish)
             if answer is not None:
                 return answer[0]
 
@@ -118,34 +116,46 @@ class PointView:
         await self._base.close()
 
     async def _parts(self, start: int, generation: int) -> AsyncGenerator[Extent, None]:
+        """The disk from ``start`` on, as far as the generation lasts."""
         async for extent in self._base.extents(start):
-            if not extent.zero:
-                yield extent
-                continue
             position = extent.offset
-            while position < extent.end:
-                for part in await self._workers.run(self._hole, position, extent.end, generation):
+            while extent.zero and position < extent.end:
+                look = partial(self._hole, position, extent.end, generation)
+                found = await self._workers.run(self._if_still, generation, look)
+                if found is None:
+                    return
+                for part in found[0]:
                     yield part
                     position = part.end
+            if not extent.zero:
+                yield extent
 
     # What follows blocks and runs in a worker.
 
-    def _paint(
-        self, extents: Sequence[Extent], view: memoryview, generation: int, then: Callable[[], T]
-    ) -> tuple[T] | None:
-        """``view`` holds what the image did: make it the point's. None if it must be read once more."""
+    def _if_still(self, generation: int, look: Callable[[], T]) -> tuple[T] | None:
+        """What ``look`` returns; None if the generation is over, and it may have seen anything."""
         try:
-            position = 0
-            for extent, places in zip(extents, self._layers.records(generation, extents), strict=True):
-                part = view[position : position + extent.length]
-                position += extent.length
-                for log, place in places:
-                    self._records.load(log, place).paint(part, extent.offset)
+            seen = look()
         except (LookupError, ReplicatorError):
             if self._past.generation() == generation:
                 raise
             return None  # a log went away meanwhile
-        return (then(),) if self._past.generation() == generation else None
+        return (seen,) if self._past.generation() == generation else None
+
+    def _finish(
+        self, extents: Sequence[Extent], view: memoryview, generation: int, then: Callable[[], T]
+    ) -> tuple[T] | None:
+        """``view`` holds what the image did: make it the point's, and go on. None: to be read once more."""
+        painted = self._if_still(generation, partial(self._paint, extents, view, generation))
+        return None if painted is None else (then(),)
+
+    def _paint(self, extents: Sequence[Extent], view: memoryview, generation: int) -> None:
+        position = 0
+        for extent, places in zip(extents, self._layers.records(generation, extents), strict=True):
+            part = view[position : position + extent.length]
+            position += extent.length
+            for log, place in places:
+                self._records.load(log, place).paint(part, extent.offset)
 
     def _hole(self, start: int, end: int, generation: int) -> list[Extent]:
         """A hole of the image as extents of the point, from its start on, at least one."""

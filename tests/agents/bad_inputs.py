@@ -4,6 +4,7 @@ A scenario prepares, calls `case.watch` (or what calls it), and returns how the 
 true afterwards is not here: `test_bad_input.py` checks it while the scenario's mounts are still there.
 """
 
+import json
 import socket
 import sys
 import threading
@@ -503,6 +504,95 @@ sent_with("bad compression value", "--compression", "20")
 sent_with("too many streams", "--streams", "17")
 sent_with("unknown option", "--bogus")
 sent_with("malformed token", "--token", "rpl1." + "A" * 79)
+
+
+def sent_with_another(case: Case, *options: str) -> Done:
+    """Two sources, `disk.img` and another of its kind in another folder."""
+    case.make_source()
+    (case.folder / "more").mkdir()
+    other = make_disk(case.folder / "more" / "disk.img", MIB)
+    return case.send(str(other), *options)
+
+
+@scenario("several sources and no group")
+def _(case: Case) -> Done:
+    return sent_with_another(case, "--disk", "a", "--disk", "b")
+
+
+@scenario("group name that is none")
+def _(case: Case) -> Done:
+    return case.send("--group", "a\tb")
+
+
+@scenario("more sources than names")
+def _(case: Case) -> Done:
+    return sent_with_another(case, "--group", "web", "--disk", "a")
+
+
+@scenario("two disks of one name")
+def _(case: Case) -> Done:
+    return sent_with_another(case, "--group", "web")
+
+
+@scenario("one source twice")
+def _(case: Case) -> Done:
+    case.make_source()
+    (case.folder / "again.img").symlink_to("disk.img")
+    return case.send(str(case.folder / "again.img"), "--group", "web")
+
+
+def sent_with_list(case: Case, content: str | None, size: int = 0) -> Done:
+    path = case.folder / ("nothing.json" if content is None else "list.json")
+    if content is not None:
+        path.write_text(content)
+        if size:
+            with path.open("r+b") as file:
+                file.truncate(size)
+    return case.send("--changed-extents", str(path))
+
+
+def list_of(disks: object) -> str:
+    return json.dumps({"since": "5" * 32, "disks": disks})
+
+
+@scenario("list of changed extents missing")
+def _(case: Case) -> Done:
+    return sent_with_list(case, None)
+
+
+@scenario("list of changed extents of 65 MiB")
+def _(case: Case) -> Done:
+    return sent_with_list(case, "", 65 * MIB)
+
+
+@scenario("list of changed extents cut short")
+def _(case: Case) -> Done:
+    return sent_with_list(case, list_of({"disk": [[0, 512]]})[:-1])
+
+
+@scenario("list of changed extents with numbers as text")
+def _(case: Case) -> Done:
+    return sent_with_list(case, list_of({"disk": [["0", 512]]}))
+
+
+@scenario("list of changed extents of another disk")
+def _(case: Case) -> Done:
+    return sent_with_list(case, list_of({"disk": [], "other": []}))
+
+
+@scenario("list of changed extents without the disk")
+def _(case: Case) -> Done:
+    return sent_with_list(case, list_of({}))
+
+
+@scenario("changed extent behind the disk's end")
+def _(case: Case) -> Done:
+    return sent_with_list(case, list_of({"disk": [[MIB, 512]]}))
+
+
+@scenario("changed extent that is not in sectors")
+def _(case: Case) -> Done:
+    return sent_with_list(case, list_of({"disk": [[8, 1]]}))
 
 
 @scenario("no source given")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,13 @@ class Process:
     def lines(self, count: int) -> list[dict[str, Any]]:
         """The documents of the first so many lines on stdout."""
         return [json.loads(line) for line in self.line(count).splitlines()[:count]]
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds that this process, which stays there, brings about."""
+        deadline = time.monotonic() + BOUND_S
+        while not holds():
+            gone = select.select([self._pidfd], [], [], SAMPLE_S)[0]
+            assert not gone and time.monotonic() < deadline, f"it did not come about: {self._errors.text}"
 
     def line(self, count: int = 1) -> bytes:
         """The first line on stdout, or more; what there was when the process ended without them."""

@@ -1,7 +1,7 @@
 """kill -9 of either side in the middle of a send: it goes on, and sends again no more than the window.
 
 What passes is counted by a proxy. What a kill has cost is known exactly: bytes that had passed, less those
-that the target's journal of the epoch holds.
+that the target's journal or log of the epoch holds.
 """
 
 import random
@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 
 from replicator.extents import Coverage
-from replicator.files import Files
-from replicator.images.coverage_journal import CoverageJournal
-from replicator.private_directory import PrivateDirectory
 from tests.agents.harness import MIB, Process, Target, identical, make_disk, receiving, send, sending
 from tests.agents.proxy import Proxy, proxy
+from tests.agents.retention import durable
 
 pytestmark = pytest.mark.peer("qemu-img")
 
@@ -63,19 +61,8 @@ class Pair:
         return self._stack.enter_context(receiving(self.directory, listen=listen))
 
     def durable(self) -> Coverage:
-        """What the journal of the epoch under way holds; empty without one."""
-        found = list((self.directory / ".replicator").glob("epoch-*.coverage"))
-        if not found:
-            return Coverage()
-        (path,) = found
-        copy = self.source.parent / "journal"  # opening it would cut off what is being written just now
-        copy.mkdir(mode=0o700, exist_ok=True)
-        shutil.copyfile(path, copy / path.name)
-        number = int(path.stem.partition("-")[2])
-        with PrivateDirectory(Files(), copy).held() as held:
-            journal = CoverageJournal.open(held, number)
-            journal.close()
-        return journal.disks.get(1, Coverage())
+        """What of the epoch under way is there after any crash."""
+        return durable(self.directory / ".replicator", "disk")
 
 
 @pytest.fixture

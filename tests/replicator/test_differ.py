@@ -15,7 +15,15 @@ from protocol.messages import DIGEST_INTERVALS_MAX, Interval
 from protocol.payload import Extent, new_decompressor, unpack
 from replicator import differ
 from replicator.buffers import BufferPool
-from replicator.differ import Difference, Window, compared, everything, windows
+from replicator.differ import (
+    Difference,
+    Window,
+    compared,
+    everything,
+    listed,
+    listed_windows,
+    windows,
+)
 from replicator.digest import BLOCK_BYTES, DIGEST_BYTES, FINE_BYTES, digests_of
 from replicator.extents import Coverage
 from replicator.packing import pack
@@ -279,3 +287,124 @@ async def test_memory_comes_back_when_the_source_fails() -> None:
             SEED,
         )
     assert pool.taken == 0
+
+
+# ------------------------------------------------------------------ what somebody else has listed
+
+
+class Counted(ModelSource):
+    """Counts how often it is asked where its holes are."""
+
+    looked = 0
+
+    async def extents(self, start: int = 0) -> AsyncIterator[Extent]:
+        self.looked += 1
+        async for extent in super().extents(start):
+            yield extent
+
+
+def check_listed_windows(source: ModelSource, done: Coverage, changed: Coverage, found: list[Window]) -> None:
+    covered, looked_at = Coverage(), Coverage()
+    for window in found:
+        position = window.cover.start
+        assert position % BLOCK_BYTES == 0
+        assert window.cover.end % BLOCK_BYTES == 0 or window.cover.end == source.size_bytes
+        for extent in window.extents:
+            assert extent.offset >= position and extent.length > 0
+            position = extent.end
+            looked_at.add(extent.offset, extent.end)
+        assert position <= window.cover.end
+        assert covered.relation(*window.cover).value == "new"
+        covered.add(*window.cover)
+        data = sum(extent.length for extent in window.extents if not extent.zero)
+        assert data <= differ.WINDOW_DATA_BYTES + BLOCK_BYTES
+        assert window.cover.end - window.cover.start <= differ.WINDOW_SPAN_BYTES
+    assert covered.intervals() == tuple(done.gaps(0, source.size_bytes))
+    wanted = Coverage(changed.intervals())
+    for start, end in done.intervals():
+        wanted.remove(start, end)
+    assert looked_at.intervals() == wanted.intervals()
+
+
+blocks = st.lists(st.tuples(st.integers(0, 2_000), st.integers(1, 300)), max_size=6)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 7, 128, 129, 5_000, 70_000]), st.booleans()), min_size=1),
+    blocks,
+    blocks,
+)
+async def test_listed_windows_cover_the_gaps_and_hold_what_is_listed(
+    lengths: list[tuple[int, bool]], held: list[tuple[int, int]], changed: list[tuple[int, int]]
+) -> None:
+    source = ModelSource(touching(lengths))
+    done = block_coverage(held, source.size_bytes)
+    proposed = block_coverage(changed, source.size_bytes)
+    found = [window async for window in listed_windows(source, done, proposed.intervals())]
+    check_listed_windows(source, done, proposed, found)
+
+
+async def test_a_vast_disk_costs_what_is_listed_and_a_window_every_4_gib() -> None:
+    size = 16 * 1024 * GIB + SECTOR_BYTES
+    source = Counted([Extent(0, size)])
+    changed = [Interval(start, start + BLOCK_BYTES) for start in range(5 * GIB, 6 * GIB, 16 * MIB)]
+    changed += [Interval(9000 * GIB, 9000 * GIB + 40 * MIB), Interval(size - SECTOR_BYTES, size)]
+    found = [window async for window in listed_windows(source, Coverage(), changed)]
+    check_listed_windows(source, Coverage(), Coverage(changed), found)
+    assert len(found) <= 4096 + 1 + 3
+    assert source.looked == 1
+
+
+async def test_a_long_listed_hole_is_not_read() -> None:
+    source = Counted([Extent(0, MIB), Extent(MIB, 900 * GIB, True), Extent(900 * GIB + MIB, MIB)])
+    changed = [Interval(0, source.size_bytes)]
+    found = [window async for window in listed_windows(source, Coverage(), changed)]
+    check_listed_windows(source, Coverage(), Coverage(changed), found)
+    assert sum(extent.length for window in found for extent in window.extents if not extent.zero) == 2 * MIB
+    assert source.looked == 1 and len(found) <= 227
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("share", [0.002, 0.2, 1.0])
+async def test_target_and_what_was_listed_make_the_source(seed: int, share: float, asks: bool) -> None:
+    """The list has all that has changed, and more: what was written again with the same bytes."""
+    source, old = changed_disk(seed, 40_000, share, 0.0)
+    new, rng = source.content, random.Random(seed + 1)
+    assert new is not None
+    proposed = Coverage()
+    for start in range(0, len(new), FINE_BYTES):
+        if old[start : start + FINE_BYTES] != new[start : start + FINE_BYTES] or rng.random() < 0.01:
+            block = start - start % BLOCK_BYTES
+            proposed.add(block, min(block + BLOCK_BYTES, len(new)))
+    model, pool = Model(bytearray(old)), BufferPool(1 << 24)
+    before = digests_of(memoryview(old), SEED)
+    rows = bytearray(before)
+    async for window in listed_windows(source, Coverage(), proposed.intervals()):
+        first = window.cover.start // BLOCK_BYTES * DIGEST_BYTES
+        behind = -(-window.cover.end // BLOCK_BYTES) * DIGEST_BYTES
+        difference = await listed(window, before[first:behind], model.ask if asks else None)
+        for start, digests in difference.equal.rows:
+            at = start // BLOCK_BYTES * DIGEST_BYTES
+            assert rows[at : at + len(digests)] == digests
+            rows[at : at + len(digests)] = bytes(len(digests))
+        model.apply(source, difference, window, pool)
+    assert model.content == new
+    for block in range(len(rows) // DIGEST_BYTES):  # the digests of all other blocks were kept
+        position = block * BLOCK_BYTES
+        is_listed = proposed.relation(position, min(position + BLOCK_BYTES, len(new))).value == "covered"
+        assert any(rows[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]) is is_listed
+    assert bool(model.asked) is (asks and share < 0.2)
+    if model.asked:
+        different = sum(
+            old[start : start + FINE_BYTES] != new[start : start + FINE_BYTES]
+            for start in range(0, len(new), FINE_BYTES)
+        )
+        assert model.said.covered_bytes == different * FINE_BYTES
+
+
+async def test_a_list_without_digests_of_before_knows_none_of_the_rest() -> None:
+    source = ModelSource([Extent(0, 4 * MIB)], bytes(4 * MIB))
+    (window,) = [window async for window in listed_windows(source, Coverage(), [Interval(0, BLOCK_BYTES)])]
+    difference = await listed(window, None, None)
+    assert not difference.equal.rows and not difference.equal.zeros
+    assert difference.matched_bytes == 4 * MIB - BLOCK_BYTES

@@ -11,7 +11,7 @@ import pytest
 
 from protocol.connection import Data
 from protocol.constants import HEADER_BYTES
-from protocol.messages import NO_ID, DiskCoverage, Interval, Mode, Open, Opened, Seal, Sealed, Wanted
+from protocol.messages import NO_ID, Ack, DiskCoverage, Interval, Mode, Open, Opened, Seal, Sealed, Wanted
 from protocol.payload import Extent
 from replicator import sending
 from replicator.digest import BLOCK_BYTES, digests_of
@@ -148,7 +148,8 @@ async def test_what_is_damaged_is_sent_again_until_it_is_whole(
 
 async def test_what_was_acknowledged_may_be_wanted_still(tmp_path: Path, workers: Workers) -> None:
     """It is no longer counted as done until it is there again."""
-    fake, seen = Wanting(tmp_path), []
+    fake = Wanting(tmp_path)
+    seen: list[int] = []
 
     class Late(MemorySource):
         async def read_into(self, extents, view, then):
@@ -212,8 +213,7 @@ async def test_before_the_seal_a_wanted_stretch_is_compared_again(tmp_path: Path
     old = bytearray(data)
     old[3 * MIB] ^= 1
     fake.made = lambda size: bytearray(old)  # type: ignore[method-assign]
-    first: list[int] = []
-    fake.at_arrival = lambda data: not first and not first.append(1)
+    fake.at_arrival = lambda data: not fake.wanted
     async with fake.listening():
         sender = fake.sender(workers)
         await sender.send("group", [to_send(MemorySource(data))])
@@ -378,7 +378,7 @@ async def test_what_was_not_sent_cannot_be_acknowledged(tmp_path: Path, workers:
             self.sequence += 1
             every = DiskCoverage(1, (Interval(0, 64 * MIB),))
             assert self.control is not None
-            self.control.send(sending.Ack(self.sequence, self.credit, (every,)))
+            self.control.send(Ack(self.sequence, self.credit, (every,)))
 
     async with Generous(tmp_path, credit=8 * MIB).listening() as fake:
         with ends(PeerError, "peer.protocol"):

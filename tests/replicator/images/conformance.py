@@ -94,6 +94,19 @@ def put(image: Image, model: bytearray, extents: Sequence[Extent], rng: random.R
     image.write(extents, aligned(payload))
 
 
+def read_extents(image: Image, extents: Sequence[Extent], lead: int = 0) -> bytes:
+    """What an image holds there; the memory begins ``lead`` bytes behind a page's start."""
+    memory = aligned(bytes(lead + sum(extent.length for extent in extents)))[lead:]
+    image.read_ahead(extents)
+    image.read_into(extents, memory)
+    return bytes(memory)
+
+
+def wanted(model: bytearray, extents: Sequence[Extent]) -> bytes:
+    """What a model holds there."""
+    return b"".join(model[extent.offset : extent.end] for extent in extents)
+
+
 def fill(image: Image, rng: random.Random) -> bytearray:
     """An image full of random bytes, synced, no longer blank; returns its content."""
     model = bytearray(image.size_bytes)
@@ -113,6 +126,17 @@ class ShortWrites(Files):
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         sectors = len(data) // SECTOR
         return super().pwrite(fd, data[: self.rng.randrange(1, sectors + 1) * SECTOR], offset)
+
+
+class ShortReads(Files):
+    """Each read stops at a random sector."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        first = buffers[0]
+        return super().preadv(fd, [first[: self.rng.randrange(1, len(first) // SECTOR + 1) * SECTOR]], offset)
 
 
 class Refusing(Files):
@@ -136,6 +160,12 @@ class Refusing(Files):
         if data:
             self._refuse("pwrite_direct" if is_direct(fd) else "pwrite")
         return super().pwrite(fd, data, offset)
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        call = "preadv_direct" if is_direct(fd) else "preadv"
+        if call in self.errors:  # a descriptor's reads are not of interest
+            self._refuse(call)
+        return super().preadv(fd, buffers, offset)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         self._refuse(f"fallocate_{mode:#x}")
@@ -279,6 +309,62 @@ class Conformance:
         self.check(kind, image, model)
         image.close()
 
+    @pytest.mark.parametrize("longest", [SECTOR, 8 * SECTOR, 200 * SECTOR, MIB])
+    @pytest.mark.parametrize("lead", [0, SECTOR, 1])
+    def test_extents_are_read_as_they_were_written(
+        self, image: FileImage, size: int, rng: random.Random, longest: int, lead: int
+    ) -> None:
+        model = fill(image, rng)
+        for _ in range(12):
+            extents = random_extents(rng, size, longest)
+            assert read_extents(image, extents, lead) == wanted(model, extents)
+
+    def test_what_was_written_just_now_is_read(self, image: FileImage, size: int, rng: random.Random) -> None:
+        model = fill(image, rng)
+        for _ in range(12):
+            put(image, model, random_extents(rng, size, 300 * SECTOR), rng)
+            extents = random_extents(rng, size, 300 * SECTOR)
+            assert read_extents(image, extents) == wanted(model, extents)
+
+    def test_short_reads_are_finished(self, kind: Kind, size: int, rng: random.Random) -> None:
+        image = kind.make(Files(), size)
+        model = fill(image, rng)
+        image.close()
+        image = kind.reopen(ShortReads(rng))
+        for longest in (8 * SECTOR, MIB):
+            extents = random_extents(rng, size, longest)
+            assert read_extents(image, extents) == wanted(model, extents)
+        image.close()
+
+    def test_where_nothing_is_read_past_the_cache_it_says_so_and_goes_on(
+        self, kind: Kind, size: int, rng: random.Random
+    ) -> None:
+        image = kind.make(Files(), size)
+        model = fill(image, rng)
+        image.close()
+        image = kind.reopen(Refusing(preadv_direct=errno.EINVAL))
+        assert read_extents(image, [Extent(0, size)]) == model
+        assert not image.direct
+        image.close()
+
+    @pytest.mark.parametrize("call", ["preadv", "preadv_direct"])
+    def test_a_failed_read_names_the_image(self, kind: Kind, size: int, call: str) -> None:
+        kind.make(Files(), size).close()
+        files = Refusing()
+        image = kind.reopen(files)
+        files.errors = {call: errno.EIO}
+        with pytest.raises(TargetError, match=image.name) as caught:
+            read_extents(image, [Extent(0, SECTOR if call == "preadv" else MIB)])
+        assert caught.value.code == "target.read_failed"
+        image.close()
+
+    def test_a_read_beyond_the_end_or_of_another_length_is_our_own_mistake(
+        self, image: FileImage, size: int
+    ) -> None:
+        for extents, length in (([Extent(size, SECTOR)], SECTOR), ([Extent(0, SECTOR)], 2 * SECTOR)):
+            with pytest.raises(ValueError, match="do not fit"):
+                image.read_into(extents, aligned(bytes(length)))
+
     @pytest.mark.parametrize("where", ["open_direct", "pwrite_direct"])
     def test_without_direct_io_it_says_so_once_and_goes_on(
         self, kind: Kind, size: int, rng: random.Random, where: str, caplog: pytest.LogCaptureFixture
@@ -337,6 +423,7 @@ class Conformance:
             image.sync,
             image.sync,
             lambda: image.write([Extent(0, SECTOR)], aligned(bytes(SECTOR))),
+            lambda: image.read_into([Extent(0, SECTOR)], aligned(bytes(SECTOR))),
         ]
         for call in calls:
             with pytest.raises(TargetError) as caught:

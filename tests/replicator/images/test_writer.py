@@ -1,7 +1,7 @@
 """Which way bytes and zeros go; that they arrive is the conformance suite's business."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -18,10 +18,11 @@ KIB = 1 << 10
 
 
 class Recording(Files):
-    """Lists the writes, as ("direct" | "buffered", offset, length), and the fallocate modes."""
+    """Lists writes, reads and what is read ahead, as (way, offset, length), and the fallocate modes."""
 
     def __init__(self) -> None:
         self.writes: list[tuple[str, int, int]] = []
+        self.reads: list[tuple[str, int, int]] = []
         self.modes: list[int] = []
         self.broken = False
 
@@ -31,6 +32,14 @@ class Recording(Files):
                 raise OSError(errno.EIO, "Input/output error")
             self.writes.append(("direct" if is_direct(fd) else "buffered", offset, len(data)))
         return super().pwrite(fd, data, offset)
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.reads.append(("direct" if is_direct(fd) else "buffered", offset, sum(map(len, buffers))))
+        return super().preadv(fd, buffers, offset)
+
+    def will_need(self, fd: int, offset: int, length: int) -> None:
+        self.reads.append(("ahead", offset, length))
+        super().will_need(fd, offset, length)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         self.modes.append(mode)
@@ -82,6 +91,46 @@ def test_extents_that_touch_are_one_run(image: RawImage, files: Recording) -> No
 def test_zeros_between_them_part_two_runs(image: RawImage, files: Recording) -> None:
     write(image, Extent(0, 64 * KIB), Extent(64 * KIB, 4096, True), Extent(68 * KIB, 64 * KIB))
     assert files.writes == [("direct", 0, 64 * KIB), ("direct", 68 * KIB, 64 * KIB)]
+
+
+@pytest.mark.parametrize(
+    ("extents", "expected"),
+    [
+        ([(0, MIB)], [("direct", 0, MIB)]),
+        (
+            [(SECTOR, MIB)],  # to an odd place in memory
+            [("buffered", SECTOR, 3584), ("direct", 4096, MIB - 4096), ("buffered", MIB, SECTOR)],
+        ),
+        (
+            [(offset, 4096) for offset in (0, 8 * KIB, 28 * KIB, 49 * KIB)],
+            [
+                ("ahead", 0, 32 * KIB),
+                ("ahead", 49 * KIB, 4096),
+                ("buffered", 0, 32 * KIB),
+                ("buffered", 49 * KIB, 4096),
+            ],
+        ),
+        (
+            [(0, SECTOR), (MIB, MIB), (3 * MIB, SECTOR)],
+            [
+                ("ahead", 0, SECTOR),
+                ("ahead", 3 * MIB, SECTOR),
+                ("direct", MIB, MIB),
+                ("buffered", 0, SECTOR),
+                ("buffered", 3 * MIB, SECTOR),
+            ],
+        ),
+    ],
+)
+def test_long_runs_are_read_direct_and_small_ones_near_each_other_together(
+    image: RawImage, files: Recording, extents: list[tuple[int, int]], expected: list[tuple[str, int, int]]
+) -> None:
+    wanted = [Extent(*extent) for extent in extents]
+    image.read_ahead(wanted)
+    first = wanted[0].offset  # so that memory and file agree on where pages begin
+    memory = aligned(bytes(first + sum(extent.length for extent in wanted)))[first:]
+    image.read_into(wanted, memory)
+    assert sorted(files.reads) == sorted(expected)
 
 
 def test_memory_at_an_odd_address_goes_through_the_page_cache(image: RawImage, files: Recording) -> None:

@@ -259,10 +259,10 @@ def test_a_finished_log_takes_no_more(dir_fd: int, rng: random.Random) -> None:
     frames = [frame(rng, 512)]
     with closing(create(dir_fd)) as log:
         log.write(frames)
-        assert not log.finished
+        states = [log.finished]
         log.finish()
         log.finish()
-        assert log.finished
+        assert [*states, log.finished] == [False, True]
     with closing(reopen(dir_fd)) as log:
         assert log.finished
         log.finish()

@@ -62,13 +62,15 @@ def poke(path: Path, at: int, content: bytes) -> None:
 
 def told(path: Path, kind: Kind = Kind.REDO) -> str:
     """What is told of a damaged log; opening it must have changed nothing, however often it is tried."""
-    before = snapshot(path)
+    before, messages = snapshot(path), []
     for _ in range(2):
         with pytest.raises(StateError) as caught:
             opened(path, kind=kind)
         assert caught.value.code == "log.damaged"
         assert snapshot(path) == before, "the evidence was changed"
-    return caught.value.message
+        messages.append(caught.value.message)
+    assert messages[0] == messages[1]
+    return messages[0]
 
 
 def goes_on(path: Path, expected: Content, rng: random.Random) -> None:

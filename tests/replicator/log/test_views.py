@@ -13,7 +13,7 @@ import pytest
 from protocol.constants import SECTOR_BYTES
 from protocol.messages import Interval
 from protocol.payload import Extent
-from replicator.errors import ReplicatorError, StateError
+from replicator.errors import StateError
 from replicator.files import Files
 from replicator.log import views
 from replicator.log.apply import apply_segment
@@ -32,6 +32,7 @@ from tests.replicator.log.epochs import (
     Models,
     change,
     changed,
+    frame,
     group,
     image_path,
     make_images,
@@ -81,9 +82,9 @@ class Chain:
         yield from self._apply(newest, changes)
         self.logs[-1][1].finish()
 
-    def give_up(self) -> Iterator[None]:
+    def give_up(self, changes: list[Change] | None = None) -> Iterator[None]:
         """An epoch is applied, and then undone."""
-        yield from self._apply(max(self.points), random_epoch(self._rng, share=0.9))
+        yield from self._apply(max(self.points), changes or random_epoch(self._rng, share=0.9))
         undo = self.logs[-1][1]
         roll_back(undo, self.here.bases, SEED)
         yield
@@ -126,9 +127,13 @@ class Chain:
 
 
 class Meddled:
-    """A source, while which is read something happens: before its bytes are there, between them, or after."""
+    """A source, while which is read something happens: before its bytes are there, between them, or after
+    (always then, if ``last``)."""
 
-    def __init__(self, base: RawSource, happen: Callable[[], object], rng: random.Random) -> None:
+    def __init__(
+        self, base: RawSource, happen: Callable[[], object], rng: random.Random, last: bool = False
+    ) -> None:
+        self._last = last
         self.name, self.size_bytes = base.name, base.size_bytes
         self.fingerprint, self.changed, self.close = base.fingerprint, base.changed, base.close
         self._base = base
@@ -141,18 +146,11 @@ class Meddled:
             yield extent
 
     async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
-        first = self._rng.randrange(len(extents) + 1)
+        first = len(extents) if self._last else self._rng.randrange(len(extents) + 1)
         cut = sum(extent.length for extent in extents[:first])
-        if first:
-            await self._base.read_into(extents[:first], view[:cut], lambda: None)
+        await self._base.read_into(extents[:first], view[:cut], lambda: None)
         self._happen()
-
-        def after() -> T:
-            if first == len(extents):
-                self._happen()
-            return then()
-
-        return await self._base.read_into(extents[first:], view[cut:], after)
+        return await self._base.read_into(extents[first:], view[cut:], then)
 
 
 @contextmanager
@@ -245,11 +243,32 @@ async def test_a_sparse_disk_is_sparse_at_every_point(
     with group(tmp_path) as here:
         chain = Chain(here, {}, rng)
         chain.append([Change(1, cover, far, rng.randbytes(8 * KIB))])
-        chain.append([Change(1, cover, tuple(extent._replace(zero=True) for extent in far), b"")])
-        for point, data in ((0, []), (1, list(far)), (2, [])):
+        for _ in range(2):
+            chain.append([Change(1, cover, tuple(extent._replace(zero=True) for extent in far), b"")])
+        for point in (0, 1, 2, 3):
             view = PointView(await raw(chain, workers, 1), 1, f"{point}", chain.past(point), workers, SEED)
-            assert [extent for extent in await extents_of(view) if not extent.zero] == data
+            data = [extent for extent in await extents_of(view) if not extent.zero]
+            assert data == (list(far) if point < 2 else [])
+            assert any(await read_some(view, far)) is (point == 1)
             await view.close()
+
+
+async def test_of_two_records_about_a_byte_the_first_is_right(
+    tmp_path: Path, rng: random.Random, workers: Workers
+) -> None:
+    make_images(tmp_path, rng)
+    first, second = (Change(1, Interval(0, 512), (Extent(0, 512),), rng.randbytes(512)) for _ in range(2))
+    with group(tmp_path) as here:
+        undo = here.log(Kind.UNDO, 1)
+        undo.write([frame(first, 1, None), frame(second, 1, None)])
+        undo.roll()
+        undo.write([frame(second, 1, 1)])
+        past = Past(lambda: [undo], lambda: 0)
+        view = PointView(
+            await RawSource.open(Files(), workers, image_path(tmp_path, 1)), 1, "0", past, workers, SEED
+        )
+        assert await read(view, 0, 512) == first.raw
+        await view.close()
 
 
 async def test_history_that_is_damaged_is_told_not_served(
@@ -317,13 +336,36 @@ async def test_views_stay_what_they_are_whatever_happens_during_a_read(
             await read_while_it_happens(chain, rng, workers, chain.past)
 
 
-async def test_a_view_that_does_not_look_at_the_generation_again_is_caught(
-    tmp_path: Path, rng: random.Random, workers: Workers
+@pytest.mark.parametrize("blind", [False, True])
+async def test_a_view_that_never_hears_of_new_logs_is_caught(
+    tmp_path: Path, rng: random.Random, workers: Workers, blind: bool
 ) -> None:
-    with chain_of(tmp_path, rng, 3) as chain:
-        blind = lambda point: replace(chain.past(point), generation=lambda: 0)  # noqa: E731
-        with pytest.raises((AssertionError, ReplicatorError, LookupError)):
-            await read_while_it_happens(chain, rng, workers, blind)
+    with chain_of(tmp_path, rng, 1) as chain:
+        content, past = chain.points[1][1], chain.past(1)
+        if blind:
+            past = replace(past, generation=lambda: 0)
+        view = PointView(await raw(chain, workers, 1), 1, "1", past, workers, SEED)
+        assert await read(view, 0, MIB) == content[:MIB]
+        chain.append([Change(1, Interval(0, MIB), (Extent(0, MIB),), rng.randbytes(MIB))])
+        assert (await read(view, 0, MIB) == content[:MIB]) is not blind
+        await view.close()
+
+
+@pytest.mark.parametrize("blind", [False, True])
+async def test_a_view_that_does_not_look_again_after_a_read_is_caught(
+    tmp_path: Path, rng: random.Random, workers: Workers, blind: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are read; then they are undone in the image, and the log that led back from them goes."""
+    if blind:
+        monkeypatch.setattr(PointView, "_if_still", lambda self, generation, look: (look(),))
+    with chain_of(tmp_path, rng, 1) as chain:
+        content = chain.points[1][1]
+        rest = chain.give_up([Change(1, Interval(0, MIB), (Extent(0, MIB),), rng.randbytes(MIB))])
+        next(rest)
+        base = Meddled(await raw(chain, workers, 1), lambda: [*rest], rng, last=True)
+        view = PointView(base, 1, "1", chain.past(1), workers, SEED)
+        assert (await read(view, 0, MIB) == content[:MIB]) is not blind
+        await view.close()
 
 
 async def test_views_are_right_while_another_thread_applies(

@@ -1,0 +1,85 @@
+"""The story of one seed, taken apart: what lies in the files, and what the oracle knows, before each step.
+
+So a state costs the run of a part of one step, not of all before it. Not here: what goes wrong in it.
+"""
+
+import copy
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from replicator.files import Files
+from tests.faults.oracle import Oracle
+from tests.faults.story import Machine, Story
+from tests.faulty_files import FaultyFiles, PowerCut
+
+
+class Chapter(NamedTuple):
+    """One step of the story: where its beginning lies, and how many calls it makes."""
+
+    step: int
+    start: Path
+    before: Oracle
+    calls: int
+
+
+class Chapters:
+    """The story of a seed in a folder.
+
+    Attributes:
+        all: its steps.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._seed = seed
+        self._folder = folder
+        oracle = Oracle(seed)
+        now = folder / "now"
+        now.mkdir(parents=True)
+        self.all: list[Chapter] = []
+        machine = Machine(now, Files())
+        for step in range(len(Story(machine, oracle, oracle.source, random.Random()).steps())):
+            start = folder / f"{step}"
+            shutil.copytree(now, start)
+            files = FaultyFiles()
+            before = copy.deepcopy(oracle)
+            self.run(step, self.copy(start), files, copy.deepcopy(oracle))
+            files.let_go()
+            self.all.append(Chapter(step, start, before, len(files.calls)))
+            self.run(step, now, Files(), oracle)
+        machine.close()
+
+    def run(self, step: int, path: Path, files: Files, oracle: Oracle) -> None:
+        """Do one step there."""
+        machine = Machine(path, files)
+        rng = random.Random(f"{self._seed}/{step}")
+        try:
+            Story(machine, oracle, oracle.source, rng).steps()[step]()
+        finally:
+            if not isinstance(files, FaultyFiles):
+                machine.close()
+
+    def copy(self, start: Path) -> Path:
+        """A copy of what lies there, times and all; the one before is gone."""
+        path = self._folder / "copy"
+        shutil.rmtree(path, ignore_errors=True)
+        return Path(shutil.copytree(start, path))
+
+    def places(self) -> Iterator[tuple[Chapter, int]]:
+        """Every call before which something may happen, and the moment after the last one of each step."""
+        for chapter in self.all:
+            for kth in range(1, chapter.calls + 2):
+                yield chapter, kth
+
+    def cut(self, chapter: Chapter, kth: int, files: FaultyFiles) -> tuple[Path, Oracle]:
+        """The power fails before the `kth` call of a step: what is left of it, and what the oracle heard."""
+        path, oracle = self.copy(chapter.start), copy.deepcopy(chapter.before)
+        files.cut_before(kth)
+        try:
+            self.run(chapter.step, path, files, oracle)
+        except PowerCut:
+            pass
+        files.power_cut()
+        return path, oracle
