@@ -132,8 +132,9 @@ async def send(
                     changes = await workers.run(_changes, config.changed_extents, sizes, files)
                 attempt = partial(link.send, disks, changes)
                 outcome = await keep_trying(attempt, link.met, tell, clock, config.give_up_after_s)
-                settled = partial(link.settled, disks, outcome.epoch)
-                await keep_trying(settled, link.met, tell, clock, config.give_up_after_s)
+                if not outcome.settled:
+                    settled = partial(link.settled, disks, outcome.epoch)
+                    await keep_trying(settled, link.met, tell, clock, config.give_up_after_s)
             first = first or outcome
             worthwhile = outcome.stale or (outcome.changed and watched)
             if not worthwhile or passes == PASSES_MAX:
@@ -258,7 +259,7 @@ class _Link:
                 self._progress,
                 self._tell,
             )
-        outcome = await self._sender.send(config.group, disks, changes)
+        outcome = await self._sender.send(config.group, disks, changes, settle=True)
         identities = Identities(PrivateDirectory(self._files, config.state))
         await self._workers.run(identities.remember, self._identity, str(config.to))
         return outcome

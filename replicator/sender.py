@@ -30,7 +30,7 @@ from replicator.adapt import Level
 from replicator.buffers import BufferPool
 from replicator.changes import Changes
 from replicator.digest import BLOCK_BYTES
-from replicator.errors import PeerError
+from replicator.errors import PeerError, ReplicatorError
 from replicator.extents import Coverage
 from replicator.framing import Progress, SendingDisk, SendingParts
 from replicator.sender_state import GroupMemory, GroupRecord
@@ -73,6 +73,7 @@ class Outcome:
         consistency: what a recovery point of it is worth; FUZZY for whatever changed while it was read.
         changed: the source may have changed while it was read.
         stale: an earlier run began the epoch, and the source may have changed since.
+        settled: the target's images hold it, not only its log.
     """
 
     epoch: bytes
@@ -81,6 +82,7 @@ class Outcome:
     consistency: Consistency
     changed: bool
     stale: bool
+    settled: bool
 
 
 @dataclass(slots=True)
@@ -134,10 +136,20 @@ class Sender:
         self._epoch: _Epoch | None = None
         self.welcomed = False
 
-    async def send(self, group: str, disks: Sequence[DiskToSend], changes: Changes | None = None) -> Outcome:
+    async def send(
+        self,
+        group: str,
+        disks: Sequence[DiskToSend],
+        changes: Changes | None = None,
+        *,
+        settle: bool = False,
+    ) -> Outcome:
         """Bring the group's epoch to its seal, in one session.
 
-        ``changes``: what has changed, if somebody knows; used if the target is still at that epoch.
+        Args:
+            group, disks: what to send.
+            changes: what has changed, if somebody knows; used if the target is still at that epoch.
+            settle: stay until the target's images hold the epoch, as long as the stream lasts.
 
         Raises:
             SourceError, PeerError, TrustError, LinkError, StateError: what ended the session. Called again
@@ -145,9 +157,11 @@ class Sender:
         """
         while True:
             with suppress(SourceMoved):  # the next session's SEAL will say so
-                return await self._send(group, disks, changes)
+                return await self._send(group, disks, changes, settle)
 
-    async def _send(self, group: str, disks: Sequence[DiskToSend], changes: Changes | None) -> Outcome:
+    async def _send(
+        self, group: str, disks: Sequence[DiskToSend], changes: Changes | None, settle: bool
+    ) -> Outcome:
         workers = self._parts.workers
         self._parts.progress.size = sum(disk.source.size_bytes for disk in disks)
         record = await workers.run(self._memory.load)
@@ -165,11 +179,12 @@ class Sender:
             streams = min(self._streams, welcome.streams_max)
             session = SendingEpoch(self._parts, control, epoch.id, opened, epoch.disks)
             sealed, changed = await session.run(streams, epoch.stale)
+            await workers.run(self._finish, epoch)
+            settled = settle and await _has_settled(control, group, disks, epoch.id)
         except BaseException:
             control.abort()
             raise
         await control.close()
-        await workers.run(self._finish, epoch)
         return Outcome(
             sealed.epoch,
             opened.mode,
@@ -177,6 +192,7 @@ class Sender:
             Consistency.FUZZY if changed or epoch.stale else consistency_of(epoch.disks),
             changed,
             epoch.stale,
+            settled,
         )
 
     async def _begin(self, record: GroupRecord, disks: Sequence[DiskToSend]) -> _Epoch:
@@ -272,9 +288,7 @@ class Sender:
         """
         control, _ = await self._greet()
         try:
-            asked = tuple(OpenDisk(disk.name, disk.source.size_bytes) for disk in disks)
-            control.send(Open(group, b"", epoch, NO_ID, Mode.RESYNC, Consistency.FUZZY, 0, asked))
-            await control.expect(Opened)
+            await _settle(control, group, disks, epoch)
         except BaseException:
             control.abort()
             raise
@@ -291,6 +305,21 @@ class Sender:
             raise
         self.welcomed = True
         return stream, welcome
+
+
+async def _settle(control: Stream, group: str, disks: Sequence[DiskToSend], epoch: bytes) -> None:
+    asked = tuple(OpenDisk(disk.name, disk.source.size_bytes) for disk in disks)
+    control.send(Open(group, b"", epoch, NO_ID, Mode.RESYNC, Consistency.FUZZY, 0, asked))
+    await control.expect(Opened)
+
+
+async def _has_settled(control: Stream, group: str, disks: Sequence[DiskToSend], epoch: bytes) -> bool:
+    """Whether the stream lasted until the target's images held the epoch, which is sealed in any case."""
+    try:
+        await _settle(control, group, disks, epoch)
+    except ReplicatorError:
+        return False
+    return True
 
 
 def consistency_of(disks: Iterable[DiskToSend | SendingDisk]) -> Consistency:

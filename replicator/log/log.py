@@ -225,8 +225,9 @@ class Log:
         with self._change():
             if not self.finished and self._open is None and len(self._closed) == 1:
                 self._begin_segment([])
-            unlink_segments(self._files, self._dir_fd, [segment_name(self.kind, self.epoch, segment)])
+            # First, so that whoever reads meanwhile and finds no file knows why.
             self._closed = {number: each for number, each in self._closed.items() if number != segment}
+            unlink_segments(self._files, self._dir_fd, [segment_name(self.kind, self.epoch, segment)])
         self._readers.forget(segment)
 
     def close(self) -> None:

@@ -212,7 +212,7 @@ def unpack_index(blocks: View, identity: Identity, position: int, seed: int) -> 
         return None
     records, batches = _COUNTS.unpack_from(blocks, _PREFIX.size)
     blocks = memoryview(blocks)[: index_bytes(records, batches)]
-    if len(blocks) != index_bytes(records, batches) or not _holds(blocks, seed):
+    if not _holds(blocks, seed):
         return None
     start = _PREFIX.size + _COUNTS.size
     behind = start + records * _ROW.size

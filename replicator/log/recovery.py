@@ -187,6 +187,7 @@ def _in_order(files: Files, dir_fd: int, examined: _Examined, seed: int) -> Clos
     if found is None:
         return closed
     with closing(open_segment_file(files, dir_fd, examined.identity, os.O_RDWR)) as file:
+        file.sync()  # before its index, which says that they are, the batches must be durable
         segment = OpenSegment(file, examined.identity, closed.size_bytes, seed)
         segment.resume(found.end, found.rows, found.marks)
         return Closed(closed.end, segment.finish(last=closed.last), closed.notes, closed.last)

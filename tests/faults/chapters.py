@@ -17,12 +17,12 @@ from tests.faulty_files import FaultyFiles, PowerCut
 
 
 class Chapter(NamedTuple):
-    """One step of the story: where its beginning lies, and how many calls it makes."""
+    """One step of the story: where its beginning lies, and the kinds of the calls that it makes."""
 
     step: int
     start: Path
     before: Oracle
-    calls: int
+    calls: tuple[str, ...]
 
 
 class Chapters:
@@ -47,7 +47,7 @@ class Chapters:
             before = copy.deepcopy(oracle)
             self.run(step, self.copy(start), files, copy.deepcopy(oracle))
             files.let_go()
-            self.all.append(Chapter(step, start, before, len(files.calls)))
+            self.all.append(Chapter(step, start, before, tuple(call.kind for call in files.calls)))
             self.run(step, now, Files(), oracle)
         machine.close()
 
@@ -67,11 +67,12 @@ class Chapters:
         shutil.rmtree(path, ignore_errors=True)
         return Path(shutil.copytree(start, path))
 
-    def places(self) -> Iterator[tuple[Chapter, int]]:
-        """Every call before which something may happen, and the moment after the last one of each step."""
+    def places(self, kind: str = "") -> Iterator[tuple[Chapter, int]]:
+        """Every call before which something may happen; of every kind: with the moment after the last one."""
         for chapter in self.all:
-            for kth in range(1, chapter.calls + 2):
-                yield chapter, kth
+            for kth, called in enumerate((*chapter.calls, ""), 1):
+                if kind in ("", called):
+                    yield chapter, kth
 
     def cut(self, chapter: Chapter, kth: int, files: FaultyFiles) -> tuple[Path, Oracle]:
         """The power fails before the `kth` call of a step: what is left of it, and what the oracle heard."""

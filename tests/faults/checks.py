@@ -138,9 +138,7 @@ def points(machine: Machine, oracle: Oracle, newest: int | None, *, applied: boo
         _undo_is_true(oracle, record, there, undo)
 
 
-def _shows(
-    machine: Machine, oracle: Oracle, record: GroupRecord, epoch: int, later: Sequence[Log]
-) -> None:
+def _shows(machine: Machine, oracle: Oracle, record: GroupRecord, epoch: int, later: Sequence[Log]) -> None:
     known = record.find(id_of(epoch))
     for disk in known.disks if known is not None else ():
         seen = shown(machine.flat(disk.name), disk.number, later)
@@ -221,9 +219,7 @@ def _logs(machine: Machine, record: GroupRecord, opening: ExitStack) -> tuple[di
     return undo, min(pending, default=float("inf"))
 
 
-def _undo_is_true(
-    oracle: Oracle, record: GroupRecord, there: dict[int, int], undo: dict[int, Log]
-) -> None:
+def _undo_is_true(oracle: Oracle, record: GroupRecord, there: dict[int, int], undo: dict[int, Log]) -> None:
     """I3: nothing in an undo log was taken from an image that held a part of the new epoch already."""
     for number, log in undo.items():
         before = max((known for known in there if known < number), default=None)

@@ -103,7 +103,9 @@ def difference(found: bytes, wanted: bytes) -> str:
         return ""
     if len(found) != len(wanted):
         return f"{len(found)} bytes instead of {len(wanted)}"
-    at = next(at for at in range(0, len(wanted), SECTOR) if found[at : at + SECTOR] != wanted[at : at + SECTOR])
+    at = next(
+        at for at in range(0, len(wanted), SECTOR) if found[at : at + SECTOR] != wanted[at : at + SECTOR]
+    )
     stamps = [_STAMP.unpack_from(content, at)[0] for content in (found, wanted)]
     return "sector {}: write {}.{} instead of {}.{}".format(
         at // SECTOR, *(part for stamp in stamps for part in (stamp >> 16, stamp & 0xFFFF))

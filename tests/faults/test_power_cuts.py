@@ -16,17 +16,19 @@ from tests.faulty_files import FaultyFiles
 PER_STORY = 500
 
 
-def power_cuts(folder: Path, seed: int, most: int, make: Callable[[int], FaultyFiles] = FaultyFiles) -> Counter[str]:
+def power_cuts(folder: Path, seed: int, most: int, before: str = "") -> Counter[str]:
     """Cut the power in so many states of one story, any of them, each once; counts what recovery was.
+
+    ``before``: only calls of this kind.
 
     Raises:
         Violation: with what replays it.
     """
     chapters = Chapters(folder, seed)
-    places = list(chapters.places())
+    places = list(chapters.places(before))
     seen: Counter[str] = Counter()
     for chapter, kth in random.Random(seed).sample(places, min(most, len(places))):
-        path, oracle = chapters.cut(chapter, kth, make(seed + kth))
+        path, oracle = chapters.cut(chapter, kth, FaultyFiles(seed + kth))
         try:
             seen[recovers(path, oracle, random.Random(seed + kth))] += 1
         except (AssertionError, ReplicatorError) as error:

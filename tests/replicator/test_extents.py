@@ -88,7 +88,8 @@ def test_gaps_stay_true_when_acknowledgements_come_in_between(history, acknowled
 
 @given(st.lists(st.tuples(spans(), st.booleans()), max_size=20), spans())
 def test_what_is_removed_is_missing_again_and_nothing_else(history, span) -> None:
-    coverage, model = Coverage(), set()
+    coverage = Coverage()
+    model: set[int] = set()
     for (start, end), added in [*history, (span, False)]:
         (coverage.add if added else coverage.remove)(start * SECTOR_BYTES, end * SECTOR_BYTES)
         model = model | set(range(start, end)) if added else model - set(range(start, end))

@@ -4,22 +4,24 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
 from protocol.connection import Data
 from protocol.constants import HEADER_BYTES
 from protocol.messages import NO_ID, Ack, DiskCoverage, Interval, Mode, Open, Opened, Seal, Sealed, Wanted
-from protocol.payload import Extent
+from protocol.payload import DataFrame, Extent
 from replicator import sending
 from replicator.digest import BLOCK_BYTES, digests_of
 from replicator.errors import LinkError, PeerError
 from replicator.extents import Coverage, Relation
+from replicator.packing import Packed, pack
 from replicator.workers import Workers
 from tests.replicator.fake_target import SEED, SESSION, FakeTarget, MemorySource, noise, to_send
-from tests.replicator.pipeline import MIB, Peer, ends, turns, until
+from tests.replicator.pipeline import MIB, Peer, ends, target, turns, until, with_raw_hash
 from tests.replicator.pipeline import memory as remember
 
 Want = tuple[int, int, int]
@@ -411,6 +413,37 @@ async def test_a_machine_that_damages_everything_is_given_up(
             await sender.send("group", [to_send(MemorySource(noise(4 * MIB)))])
         assert len(fake.wanted) >= 20 and not fake.seals
         assert sender._parts.pool.taken == 0
+
+
+async def test_the_real_target_has_damaged_frames_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Memory that rots between reading and sending: the frame's own hash of its content does not hold."""
+    rng = random.Random(seed)
+    damaged: list[DataFrame] = []
+
+    def rotting(*how: Any) -> Packed:
+        packed = pack(*how)
+        if not damaged or rng.random() < 0.3:
+            damaged.append(packed.frame)
+            frame = with_raw_hash(packed.frame, packed.frame.header.raw_hash ^ 1, how[5])
+            return replace(packed, frame=frame)
+        return packed
+
+    monkeypatch.setattr("replicator.framing.pack", rotting)
+    first = noise(20 * MIB) + bytes(4 * MIB)
+    second = bytearray(first)
+    for place in range(0, len(second), MIB):
+        second[place] ^= 0xFF
+    async with target(tmp_path) as here:
+        sender = here.sender(here.site.process_server(), level=1, memory=here.memory())
+        for mode, data in ((Mode.FULL, first), (Mode.INCREMENTAL, bytes(second))):
+            outcome = await sender.send("group", [to_send(MemorySource(data))])
+            await here.applied()
+            assert outcome.mode is mode and here.flat("disk") == data
+            assert damaged and sender._parts.progress.resent > 0
+            assert sender._parts.pool.taken == 0
+            damaged.clear()
 
 
 # ------------------------------------------------------------------ a source that does not stay

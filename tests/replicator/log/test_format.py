@@ -146,7 +146,7 @@ def test_the_example_is_made_again(tmp_path: Path) -> None:
 def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
     assert "*blocks* have 4,096 bytes" in FORMAT
     assert ALIGN == 4096
-    assert "below 64 MiB" in FORMAT
+    assert "at 64 MiB or below" in FORMAT
     assert SEGMENT_BYTES == 64 * MIB
     types = re.search(r"`type` \| (.*?) \|", FORMAT)
     kinds = re.search(r"`kind` \| (.*?) \|", FORMAT)

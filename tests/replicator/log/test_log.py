@@ -212,18 +212,32 @@ def test_a_batch_never_spans_segments_and_fills_one_to_its_last_block(
         assert held(log) == plain(batches)
 
 
-def test_the_block_that_does_not_fit_any_more_is_the_index(dir_fd: int, rng: random.Random) -> None:
-    """50 records and 2 batches have an index of one block, another record or batch makes it two."""
-    frames = [frame(rng, 0) for _ in range(49)]
+@pytest.mark.parametrize(("before", "more"), [([25, 25], 0), ([50], 1)], ids=["a batch", "a record"])
+def test_what_does_not_fit_any_more_may_be_the_index(
+    dir_fd: int, rng: random.Random, before: list[int], more: int
+) -> None:
+    """Of 50 records in 2 batches it has one block; another record or batch makes it two."""
+    assert index_bytes(50, 2) == ALIGN < index_bytes(50, 3) == index_bytes(51, 2) == 2 * ALIGN
+    records = [frame(rng, 0) for _ in range(50)]
+    blocks = 1 + sum(before) + len(before) + more + 1 + 1 + 1
+    for spare, segments in ((0, (1, 2)), (1, (1,))):
+        size = (blocks + spare) * ALIGN
+        with closing(Log.create(Files(), dir_fd, Kind.REDO, spare, SEED, segment_bytes=size)) as log:
+            for number in [*before, more]:
+                log.write(records[:number])
+            assert log.segments() == segments
+
+
+def test_padding_is_zeros_whatever_was_written_before(place: Path, dir_fd: int, rng: random.Random) -> None:
     with closing(create(dir_fd)) as log:
-        log.write(frames)
-        log.write(frames[:1])
-        assert index_bytes(50, 2) < index_bytes(50, 3)
-        free = SMALL - ALIGN - 50 * ALIGN - 2 * ALIGN - index_bytes(51, 3) - ALIGN
-        log.write([frame(rng, free - 2 * ALIGN)])
-        assert log.segments() == (1,)
-        log.write([])
-        assert log.segments() == (1, 2)
+        log.write([frame(rng, 15 * KIB, aligned=False)] * 3)
+        log.write([frame(rng, 512)])
+        content = (place / segment_name(Kind.REDO, EPOCH, 1)).read_bytes()
+    head, payload = content[-3 * ALIGN : -2 * ALIGN], content[-2 * ALIGN : -ALIGN]
+    assert head[:4] == b"RPLF"
+    assert head[88:] == bytes(ALIGN - 88)
+    assert payload[:512] != bytes(512)
+    assert payload[512:] == bytes(ALIGN - 512)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -508,7 +522,8 @@ def test_a_log_that_is_closed_is_used_no_more_and_leaves_nothing_open(
     before = len(os.listdir("/proc/self/fd"))
     log = create(dir_fd)
     for _ in range(12):
-        log.write([frame(rng, 60 * KIB)])
+        log.write([frame(rng, 512)])
+        log.roll()
     held(log)
     assert len(os.listdir("/proc/self/fd")) - before <= 6, "few are kept open, however many segments"
     log.close()

@@ -266,6 +266,18 @@ def test_damage_of_a_closed_segment_is_told_when_it_is_read(in_memory: Path, bat
         log.close()
 
 
+def test_a_segment_that_became_shorter_under_an_open_log_is_told(in_memory: Path, batches: Batches) -> None:
+    with directory(in_memory) as dir_fd:
+        log = Log.create(Files(), dir_fd, Kind.REDO, EPOCH, SEED)
+        log.write(batches[0])
+        with (in_memory / FIRST).open("r+b") as file:
+            file.truncate(3 * 4096)
+        with pytest.raises(StateError, match=f"{FIRST} ends inside") as caught:
+            held(log)
+        assert caught.value.code == "log.damaged"
+        log.close()
+
+
 def test_a_removal_that_fails_half_way_leaves_the_beginning(in_memory: Path, batches: Batches) -> None:
     written(in_memory, batches, kind=Kind.UNDO, segment_bytes=SEGMENT_BYTES)
     names = list(snapshot(in_memory))

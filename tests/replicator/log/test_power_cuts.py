@@ -1,7 +1,8 @@
 """The power fails before any call, and any of what was not synced is lost: no acknowledged batch ever is.
 
-A random script writes, rolls, drops, reopens and finishes a log whose files forget unsynced sectors, sizes
-and names. What is found then must be what was acknowledged, and at most the step that was under way besides.
+A random script writes, rolls, drops, reopens and finishes a log, and is killed and begins again, on files
+that forget unsynced sectors, sizes and names. What is found then must be what was acknowledged or found
+before, and at most the step that was under way besides.
 """
 
 import random
@@ -26,6 +27,26 @@ SIZES = (0, 512, PAGE, PAGE + 512, 20 * KIB)
 STEPS = 14
 
 
+class Killed(BaseException):
+    """The process is gone. No part of the product may catch this."""
+
+
+class Machine(FaultyFiles):
+    """One on which a process may be killed, too: what it did is there, unsynced."""
+
+    _left = 0
+
+    def kill_before(self, kth: int) -> None:
+        """Raise Killed instead of the `kth` call from now on; 0: not at all."""
+        self._left = kth
+
+    def _step(self, kind: str, name: str, offset: int = 0, length: int = 0) -> int:
+        self._left -= 1
+        if self._left == 0:
+            raise Killed
+        return super()._step(kind, name, offset, length)
+
+
 @dataclass
 class Model:
     """What a log was told. Batches by their note; the segments in which they are; what is under way."""
@@ -37,6 +58,7 @@ class Model:
     writing: int = 0
     dropping: int = 0
     finishing: bool = False
+    killed: Counter[str] = field(default_factory=Counter)
 
     def dropped(self) -> dict[int, list[int]]:
         return {number: notes for number, notes in self.segments.items() if number != self.dropping}
@@ -56,44 +78,91 @@ class Model:
     def content(self, notes: list[int]) -> Content:
         return plain([self.batches[note] for note in notes])
 
+    def settle(self, log: Log) -> None:
+        """A log was opened after a kill: what was under way happened, or it did not, for good."""
+        newest = log.segments()[-1]
+        if self.writing:
+            kept = self.writing in log.notes()
+            self.killed["kept" if kept else "lost"] += 1
+            if kept:
+                self.segments.setdefault(newest, []).append(self.writing)
+        if self.dropping and self.dropping not in log.segments():
+            self.segments.pop(self.dropping, None)
+        self.created, self.finished = True, log.finished
+        self.writing = self.dropping = 0
+        self.finishing = False
 
-def script(files: Files, dir_fd: int, rng: random.Random, model: Model) -> None:
-    """Use a log in any way that is allowed, telling the model before and after each step."""
-    log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
-    model.created = True
-    for note in range(1, STEPS + 1):
-        step = rng.choices(("write", "roll", "drop", "reopen"), (12, 1, 2, 1))[0]
+
+class Script:
+    """Uses a log in any way that is allowed, telling the model before and after each step."""
+
+    def __init__(self, files: Machine, dir_fd: int, rng: random.Random, model: Model) -> None:
+        self.files, self.dir_fd, self.rng, self.model = files, dir_fd, rng, model
+        self.log: Log | None = None
+
+    def run(self) -> None:
+        for note in range(1, STEPS + 1):
+            if self.rng.random() < 0.15:
+                self.files.kill_before(self.rng.randint(1, 14))
+            try:
+                self.step(note)
+            except Killed:
+                self.log = self.open()
+                assert self.model.allows(self.log), "after a kill"
+                if self.log is not None:
+                    self.model.settle(self.log)
+            self.files.kill_before(0)
+        if self.log is not None:
+            if self.rng.random() < 0.5:
+                self.finish(self.log)
+            self.log.close()
+
+    def step(self, note: int) -> None:
+        if self.log is None:
+            self.log = Log.create(
+                self.files, self.dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES
+            )
+            self.model.created = True
+        step = self.rng.choices(("write", "roll", "drop", "reopen"), (12, 1, 2, 1))[0]
         if step == "write":
-            model.batches[note] = [frame(rng, rng.choice(SIZES)) for _ in range(rng.randint(0, 2))]
-            model.writing = note
-            log.write(model.batches[note], note)
-            model.writing = 0
-            model.segments.setdefault(log.segments()[-1], []).append(note)
+            self.write(self.log, note)
         elif step == "roll":
-            log.roll()
+            self.log.roll()
         elif step == "drop":
-            drop_oldest(log, model)
+            self.drop(self.log)
         else:
-            log.close()
-            reopened = Log.open(files, dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
-            assert reopened is not None
-            log = reopened
-    if rng.random() < 0.5:
-        model.finishing = True
+            self.log.close()
+            self.log = self.open()
+
+    def open(self) -> Log | None:
+        return Log.open(self.files, self.dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
+
+    def write(self, log: Log, note: int) -> None:
+        model, rng = self.model, self.rng
+        model.batches[note] = [frame(rng, rng.choice(SIZES)) for _ in range(rng.randint(0, 2))]
+        model.writing = note
+        log.write(model.batches[note], note)
+        model.writing = 0
+        model.segments.setdefault(log.segments()[-1], []).append(note)
+
+    def drop(self, log: Log) -> None:
+        oldest = log.segments()[0]
+        if log.closed(oldest):
+            self.model.dropping = oldest
+            log.drop(oldest)
+            self.model.segments.pop(oldest, None)
+            self.model.dropping = 0
+
+    def finish(self, log: Log) -> None:
+        self.model.finishing = True
         log.finish()
-        model.finished = True
-        while log.segments() and rng.random() < 0.5:
-            drop_oldest(log, model)
-    log.close()
+        self.model.finished = True
+        while log.segments() and self.rng.random() < 0.5:
+            self.drop(log)
 
 
-def drop_oldest(log: Log, model: Model) -> None:
-    oldest = log.segments()[0]
-    if log.closed(oldest):
-        model.dropping = oldest
-        log.drop(oldest)
-        model.segments.pop(oldest, None)
-        model.dropping = 0
+def script(files: Machine, dir_fd: int, rng: random.Random, model: Model) -> None:
+    Script(files, dir_fd, rng, model).run()
 
 
 def check(path: Path, model: Model, files: FaultyFiles, rng: random.Random) -> str:
@@ -104,7 +173,9 @@ def check(path: Path, model: Model, files: FaultyFiles, rng: random.Random) -> s
         if log is None:
             return "no log"
         found = log.notes(), held(log)
-        in_flight = "none" if not model.writing else "kept" if model.writing in found[0] else "lost"
+        in_flight = (
+            "nothing in flight" if not model.writing else "kept" if model.writing in found[0] else "lost"
+        )
         if not log.finished:
             more = [frame(rng, 512)]
             log.write(more)
@@ -118,7 +189,7 @@ def check(path: Path, model: Model, files: FaultyFiles, rng: random.Random) -> s
         return in_flight
 
 
-def cut(path: Path, files: FaultyFiles, action: Callable[[int], None]) -> bool:
+def cut(path: Path, files: Machine, action: Callable[[int], None]) -> bool:
     """Do something to the directory until the power fails; whether it did."""
     was_cut = False
     with directory(path) as dir_fd:
@@ -131,14 +202,20 @@ def cut(path: Path, files: FaultyFiles, action: Callable[[int], None]) -> bool:
 
 
 def power_cuts(
-    folder: Path, seed: int, make: Callable[[int], FaultyFiles], *, most: int, recoveries: int = 0
+    folder: Path,
+    seed: int,
+    make: Callable[[int], Machine],
+    *,
+    most: int,
+    stride: int = 1,
+    recoveries: int = 0,
 ) -> Counter[str]:
-    """Run one script, with the power failing before each of its calls; counts what `check` says.
+    """Run one script, with the power failing before every `stride`-th of its calls; counts what is seen.
 
-    `recoveries`: how often it fails again while the log is being opened.
+    `most`: states. `recoveries`: how often the power fails again while the log is being opened.
     """
     seen: Counter[str] = Counter()
-    for kth in range(1, most + 1):
+    for kth in range(1 + seed % stride, 1 + most * stride, stride):
         path = folder / "log"
         shutil.rmtree(path, ignore_errors=True)
         model, rng, files = Model(), random.Random(seed + kth), make(seed + kth)
@@ -150,6 +227,8 @@ def power_cuts(
             cut(path, files, partial(open_and_close, files))
         try:
             seen[check(path, model, FaultyFiles(seed), rng)] += 1
+            seen += Counter({f"killed and {kind}": times for kind, times in model.killed.items()})
+            seen["states"] += 1
         except (AssertionError, StateError) as error:
             raise AssertionError(f"script {seed}, power failed before call {kth}: {error}") from error
         if not was_cut:
@@ -167,26 +246,28 @@ def open_and_close(files: Files, dir_fd: int) -> None:
 def test_whenever_the_power_fails_every_acknowledged_batch_is_found(
     in_memory: Path, seed: int, count, recoveries: int
 ) -> None:
-    wanted = count((1_000, 500)[recoveries // 2], 500_000)
+    wanted, stride = count((1_000, 500)[recoveries // 2], 500_000), 1
     seen: Counter[str] = Counter()
-    while seen.total() < wanted:
-        most = wanted - seen.total()
-        seen += power_cuts(in_memory, seed, FaultyFiles, most=most, recoveries=recoveries)
-        seed += 1_000_003
-    assert min(seen[kind] for kind in ("none", "kept", "lost", "no log")) > 0, seen
+    while seen["states"] < wanted:
+        most = wanted - seen["states"]
+        seen += power_cuts(in_memory, seed, Machine, most=most, stride=stride, recoveries=recoveries)
+        seed, stride = seed + 1_000_003, 11
+    for kind in ("no log", "nothing in flight", "lost", "killed and lost"):
+        assert seen[kind] > 0, seen
+    assert seen["kept"] + seen["killed and kept"] > 0, seen
 
 
 # ------------------------------------------------------------------ the test would see it
 
 
-class NoDataSync(FaultyFiles):
+class NoDataSync(Machine):
     """A disk that says "durable" and is not: acknowledged before it is synced."""
 
     def fdatasync(self, fd: int) -> None:
         self._step("fdatasync", self._name(fd))
 
 
-class NoDirectorySync(FaultyFiles):
+class NoDirectorySync(Machine):
     """New names are not made durable."""
 
     def fsync(self, fd: int) -> None:
@@ -197,7 +278,7 @@ class NoDirectorySync(FaultyFiles):
 
 
 @pytest.mark.parametrize("broken", [NoDataSync, NoDirectorySync])
-def test_a_log_that_does_not_sync_is_caught(in_memory: Path, broken: type[FaultyFiles]) -> None:
+def test_a_log_that_does_not_sync_is_caught(in_memory: Path, broken: type[Machine]) -> None:
     caught = 0
     for seed in range(6):
         try:

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -122,12 +123,32 @@ def test_an_index_that_claims_to_be_longer_than_the_file_is_none() -> None:
     assert records.unpack_index(block + bytes(ALIGN), HERE, POSITION, SEED) is not None
 
 
+def block(kind: BlockType, position: int, fields: bytes, identity: Identity = HERE) -> bytes:
+    """A block with a right hash, whatever its fields say."""
+    return records._sealed(records._prefix(identity, kind, position) + fields, ALIGN, SEED)
+
+
 def test_a_trailer_that_does_not_stand_behind_its_index_is_none() -> None:
-    block = bytearray(records.pack_trailer(HERE, replace(TRAILER, records=100), SEED))
-    position = POSITION + index_bytes(100, 2)
-    assert records.unpack_trailer(block, HERE, position, SEED) == replace(TRAILER, records=100)
-    assert position != TRAILER_AT
-    assert records.unpack_trailer(block, HERE, TRAILER_AT, SEED) is None
+    for end, position, finished, found in [
+        (POSITION, TRAILER_AT, 1, TRAILER),
+        (POSITION - ALIGN, TRAILER_AT, 1, None),
+        (POSITION, TRAILER_AT + ALIGN, 1, None),
+        (POSITION, TRAILER_AT, 2, None),
+    ]:
+        made = block(BlockType.TRAILER, position, records._TRAILER.pack(end, 2, 2, finished))
+        assert records.unpack_trailer(made, HERE, position, SEED) == found
+
+
+def test_a_segment_header_with_a_strange_field_is_none() -> None:
+    strange = Identity(cast("Kind", 3), HERE.log, HERE.epoch, HERE.segment)
+    fields = records._SEGMENT.pack(4096)
+    assert records.unpack_segment(block(BlockType.SEGMENT, 0, fields), SEED) == (HERE, 4096)
+    for made in (
+        block(BlockType.SEGMENT, 0, fields, strange),
+        block(BlockType.SEGMENT, ALIGN, fields),
+        block(BlockType.BATCH, 0, fields),
+    ):
+        assert records.unpack_segment(made, SEED) is None
 
 
 @given(

@@ -3,11 +3,14 @@
 import random
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from protocol.constants import HEADER_BYTES
+from protocol.header import FrameType, Header, pack
 from protocol.messages import Interval
 from protocol.payload import Extent, build
 from replicator.errors import StateError
@@ -58,6 +61,15 @@ def poke(path: Path, at: int, content: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(at)
         file.write(content)
+
+
+def notes(path: Path) -> frozenset[int]:
+    """Notes of the log of a directory."""
+    with directory(path) as dir_fd:
+        log = Log.open(Files(), dir_fd, Kind.REDO, EPOCH, SEED)
+        assert log is not None
+        with closing(log):
+            return log.notes()
 
 
 def told(path: Path, kind: Kind = Kind.REDO) -> str:
@@ -218,8 +230,13 @@ def test_batch_records_of_another_place_do_not_count(in_memory: Path, rng: rando
 
 @pytest.mark.parametrize(
     "record",
-    [Batch(1, Position(1, 9 * ALIGN), 0), Batch(0, Position(1, 5 * ALIGN), 0), Batch(0, Position(0, 0), 0)],
-    ids=["too many records", "an older end", "another segment's end"],
+    [
+        Batch(1, Position(1, 9 * ALIGN), 42),
+        Batch(0, Position(1, 5 * ALIGN), 42),
+        Batch(0, Position(0, 9 * ALIGN), 42),
+        Batch(0, Position(0, 0), 42),
+    ],
+    ids=["too many records", "an older end", "another segment's end", "no end"],
 )
 def test_a_batch_record_that_contradicts_what_is_before_it_adds_nothing(
     in_memory: Path, rng: random.Random, record: Batch
@@ -229,7 +246,25 @@ def test_a_batch_record_that_contradicts_what_is_before_it_adds_nothing(
     path = in_memory / FIRST
     content = path.read_bytes()
     path.write_bytes(content + records.pack_batch(identity(in_memory), len(content), record, SEED))
-    assert opened(in_memory) == plain(batches)
+    assert (opened(in_memory), notes(in_memory)) == (plain(batches), frozenset())
+    path.write_bytes(content)
+    right = replace(record, records=0, previous=Position(1, len(content)))
+    path.write_bytes(content + records.pack_batch(identity(in_memory), len(content), right, SEED))
+    assert notes(in_memory) == {42}, "else it were refused for something else"
+
+
+def test_a_frame_that_is_no_data_is_no_record(in_memory: Path, rng: random.Random) -> None:
+    """Its header and body may be whole, and a batch record may count it."""
+    batches = one_each(rng, 1)
+    written(in_memory, batches)
+    path = in_memory / FIRST
+    content = path.read_bytes()
+    header = Header(FrameType.PING, 8, body_hash=xxh3_64_intdigest(bytes(8), SEED))
+    foreign = pack(header, SEED).ljust(2 * ALIGN, b"\0")
+    end = len(content) + len(foreign)
+    counted = Batch(1, Position(1, len(content)), 42)
+    path.write_bytes(content + foreign + records.pack_batch(identity(in_memory), end, counted, SEED))
+    assert (opened(in_memory), notes(in_memory)) == (plain(batches), frozenset())
 
 
 def test_disk_content_that_looks_like_a_log_is_disk_content(in_memory: Path, rng: random.Random) -> None:
@@ -315,16 +350,23 @@ def test_a_segment_that_lost_its_last_batches_is_told_by_the_next_one(
     assert opened(in_memory) == plain(batches), "only its index and trailer were missing"
 
 
-def test_a_closed_segment_that_lost_its_last_batch_and_its_trailer_is_told_by_its_index(
+def test_a_closed_segment_that_lost_its_last_batch_and_its_index_or_trailer_is_told_by_the_other(
     in_memory: Path, rng: random.Random
 ) -> None:
     batches = one_each(rng, 2)
     written(in_memory, batches)
     opened(in_memory)
     size = (in_memory / FIRST).stat().st_size
-    for damaged in (size - ALIGN, size - 3 * ALIGN):
+    closed = snapshot(in_memory)
+    trailer, index, batch_record = (size - blocks * ALIGN for blocks in (1, 2, 3))
+    for damaged in (trailer, index):
+        restore(in_memory, closed)
         poke(in_memory / FIRST, damaged, bytes(512))
-    told(in_memory)
+        assert opened(in_memory) == plain(batches)
+        restore(in_memory, closed)
+        for place in (damaged, batch_record):
+            poke(in_memory / FIRST, place, bytes(512))
+        assert str(batch_record + ALIGN) in told(in_memory)
 
 
 def test_a_segment_of_another_log_is_told(in_memory: Path, tmp_path: Path, rng: random.Random) -> None:
