@@ -23,15 +23,21 @@ if TYPE_CHECKING:
 
 TOKEN_FILE_MAX_BYTES = 4096
 
+# readable=False, here and elsewhere: whether a path can be used is ours to say, with cause and fix.
+Sources = Annotated[
+    list[Path],
+    typer.Argument(
+        readable=False, metavar="SOURCE...", help="Raw disk file, block device or flat VMDK; only read."
+    ),
+]
+ChangedExtents = Annotated[
+    Path | None,
+    typer.Option(readable=False, help="JSON list of what changed since the last epoch: only that is read."),
+]
+
 
 def send(  # noqa: PLR0913, PLR0917 - one parameter an option
-    # readable=False, here and elsewhere: whether a path can be used is ours to say, with cause and fix.
-    sources: Annotated[
-        list[Path],
-        typer.Argument(
-            readable=False, metavar="SOURCE...", help="Raw disk file, block device or flat VMDK; only read."
-        ),
-    ],
+    sources: Sources,
     to: Annotated[str, typer.Option(help="HOST:PORT of the master target.")],
     token: Annotated[
         str | None,
@@ -66,13 +72,7 @@ def send(  # noqa: PLR0913, PLR0917 - one parameter an option
     watch: Annotated[
         float | None, typer.Option(min=0, help="Send again and again, so many seconds after each end.")
     ] = None,
-    changed_extents: Annotated[
-        Path | None,
-        typer.Option(
-            readable=False,
-            help="JSON file that lists what has changed since the last epoch: nothing else is read.",
-        ),
-    ] = None,
+    changed_extents: ChangedExtents = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, or one a cycle.")] = False,
 ) -> None:
     """Send disks to a master target: whole at first, the difference after. Safe to interrupt and repeat.

@@ -78,10 +78,12 @@ class FlatVmdk(FileImage):
         It is not blank: what was written and not acknowledged is written again, and may be zeros by then.
 
         Raises:
-            FileNotFoundError: there is no such file. TargetError: ``target.exists`` (it is published),
-                ``target.not_a_file``, ``vmdk.extent_size``, ``target.open_failed``.
+            FileNotFoundError: there is no such file; an empty one, which a crash has left, is removed.
+            TargetError: ``target.exists`` (it is published), ``target.not_a_file``, ``vmdk.extent_size``,
+                ``target.open_failed``.
         """
         descriptor = _intended(dir_fd, disk, size_bytes, thin=thin, create_type=create_type)
+        _remove_unfinished(files, dir_fd, descriptor.extent.name)
         return cls(files, dir_fd, disk, _open_flat(files, dir_fd, descriptor), descriptor)
 
     @classmethod
@@ -183,6 +185,19 @@ def _open_flat(files: Files, dir_fd: int, descriptor: vmdk.Descriptor) -> int:
         files.close(fd)
         raise
     return fd
+
+
+def _remove_unfinished(files: Files, dir_fd: int, name: str) -> None:
+    """A crash between the making of a file and its size being durable leaves it empty: away with it."""
+    fd, status = open_file(files, dir_fd, name, os.O_RDWR)
+    try:
+        if status.st_size == 0:
+            claim(fd, name)
+            files.unlink(dir_fd, name)
+    except OSError as error:
+        raise failure(error, "target.open_failed", f"cannot remove {name}, which is empty") from error
+    finally:
+        files.close(fd)
 
 
 def _read_descriptor(files: Files, dir_fd: int, name: str) -> tuple[vmdk.Descriptor, int]:

@@ -19,6 +19,7 @@ from replicator.log import points
 from replicator.log.log import Kind, Log
 from replicator.log.place import GroupDirectory
 from replicator.log.points import GroupRecord, Retention, SealedDisk, SealedEpoch
+from replicator.private_directory import unusable
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,10 @@ class Logbook:
         self._files = place.files
         self._undo: tuple[int, Log] | None = None
         self.record = place.load()
-        self._dir_fd = place.open()
+        try:
+            self._dir_fd = place.open()
+        except OSError as error:
+            raise unusable(place.directory.path, "opened", error) from error
 
     @classmethod
     def open(cls, place: GroupDirectory, sealed: bytes, under_way: bytes, seed: int) -> Self:

@@ -58,10 +58,13 @@ class SegmentFile:
         self._flags = flags
         self._fd, self._direct = self._open()
         self._fds = [self._fd]
-        status = files.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
+        try:
+            status = files.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EOPNOTSUPP, "not a regular file", name)
+        except OSError:
             self.close()
-            raise OSError(errno.EOPNOTSUPP, "not a regular file", name)
+            raise
         self.size_bytes = status.st_size
 
     def write(self, pieces: Iterable[memoryview], offset: int) -> None:

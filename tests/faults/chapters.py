@@ -7,6 +7,7 @@ import copy
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,9 +79,7 @@ class Chapters:
         """The power fails before the `kth` call of a step: what is left of it, and what the oracle heard."""
         path, oracle = self.copy(chapter.start), copy.deepcopy(chapter.before)
         files.cut_before(kth)
-        try:
+        with suppress(PowerCut):
             self.run(chapter.step, path, files, oracle)
-        except PowerCut:
-            pass
         files.power_cut()
         return path, oracle

@@ -24,14 +24,13 @@ from tests.faults.oracle import Oracle, Violation, difference
 from tests.faults.story import HASH_SEED, Machine, Plot, Story, id_of
 from tests.replicator.log.epochs import untrue
 
-
 T = TypeVar("T")
 
 OFTEN = 0.25  # of the states take the checks that add to those that every state takes
 
 
 class Inline:
-    """Stands in for `Workers`: what blocks is done at once. Views of small files need no thread and no loop."""
+    """Stands in for `Workers`: what blocks is done at once. Small files need no thread."""
 
     async def run(self, work: Callable[..., T], *args: object) -> T:
         return work(*args)

@@ -1,4 +1,4 @@
-"""The story in a process of its own, on a file system that is cut off under it. Run by `test_file_systems.py`.
+"""The story in a process of its own, on a file system that is cut off under it. See `test_file_systems.py`.
 
     python -m tests.faults.child FOLDER SEED [careless]
 

@@ -97,7 +97,7 @@ def _is_told(file: Path) -> bool:
 
 
 def _parts(path: Path) -> dict[str, list[tuple[Path, int, int]]]:
-    """Where in the logs the parts of records lie: file, first byte, first byte behind. Closes open segments."""
+    """Where in the logs the parts of records lie: file, first byte, first byte behind. Closes segments."""
     parts: dict[str, list[tuple[Path, int, int]]] = {part: [] for part in PARTS}
     machine = Machine(path, Files())
     dir_fd = machine.place.open()
@@ -107,16 +107,12 @@ def _parts(path: Path) -> dict[str, list[tuple[Path, int, int]]]:
         log = Log.open(machine.files, dir_fd, kind, number, HASH_SEED)
         for segment in log.segments() if log is not None else ():
             file = machine.place.directory.path / segment_name(kind, number, segment)
+            is_open = log is not None and (kind, number, segment) == (Kind.REDO, newest, log.segments()[-1])
             for entry in log.entries(segment) if log is not None else ():
                 header, offset = entry.header, entry.offset
                 table, payload = offset + HEADER_BYTES, offset + head_bytes(header)
                 parts["header"].append((file, offset, table))
-                if (
-                    number == newest
-                    and kind is Kind.REDO
-                    and log is not None
-                    and segment == log.segments()[-1]
-                ):
+                if is_open:
                     parts["open header"].append((file, offset, table))
                 if header.table_len:
                     parts["table"].append((file, table, table + header.table_len))

@@ -1,7 +1,7 @@
-"""The other side's memory: what a source held at every epoch, what was acknowledged of it, what was sealed.
+"""The other side's memory: what a source held at each epoch, what was acknowledged of it, what was sealed.
 
-It shares no code and no memory with what is tested: it is told events in plain numbers (`Told`), from the same
-process or over a pipe, and answers what may be found after a crash. Not here: how that is looked at
+It shares no memory with what is tested: it is told events in plain numbers (`Told`), from the same process or
+over a pipe, and answers what may be found after a crash. Not here: how that is looked at
 (`checks.py`) and what is done to the product (`story.py`).
 """
 
@@ -16,7 +16,7 @@ from replicator.extents import Coverage
 SECTOR = 512
 KIB = 1024
 SIZES = {"one": 192 * KIB, "two": 64 * KIB + SECTOR, "three": 20 * KIB}
-"""The disks of the group: name and bytes. One write reaches the 64 KiB from which images are written directly."""
+"""The disks of the group: name and bytes. Now and then 64 KiB are written, which go past the page cache."""
 
 Contents = dict[str, bytes]
 """What the disks of the group hold, by name."""
@@ -103,9 +103,8 @@ def difference(found: bytes, wanted: bytes) -> str:
         return ""
     if len(found) != len(wanted):
         return f"{len(found)} bytes instead of {len(wanted)}"
-    at = next(
-        at for at in range(0, len(wanted), SECTOR) if found[at : at + SECTOR] != wanted[at : at + SECTOR]
-    )
+    sectors = range(0, len(wanted), SECTOR)
+    at = next(at for at in sectors if found[at : at + SECTOR] != wanted[at : at + SECTOR])
     stamps = [_STAMP.unpack_from(content, at)[0] for content in (found, wanted)]
     return "sector {}: write {}.{} instead of {}.{}".format(
         at // SECTOR, *(part for stamp in stamps for part in (stamp >> 16, stamp & 0xFFFF))

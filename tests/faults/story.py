@@ -1,4 +1,4 @@
-"""One long story of a group, told through `Holding` as sessions and the applier would: the way to every state.
+"""One long story of a group, told through `Holding` as sessions and the applier would: it makes the states.
 
 A first full copy, epochs that go to the log, pending ones among them, early applies, one epoch that is given
 up, breaks in the middle, history that is pruned. Every step can be done again after an error, as a
@@ -7,8 +7,8 @@ sender would. Not here: what must come of it (`checks.py`).
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from functools import partial
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""I5: a bit of a log that changes between acknowledgement and recovery is detected or harmless, never served."""
+"""I5: a bit of a log that changes between acknowledgement and recovery is detected or harmless, no more."""
 
 import random
 from collections import Counter
@@ -33,10 +33,7 @@ def flips(folder: Path, seed: int, most: int, parts: Sequence[str] = PARTS) -> C
 def test_a_flipped_bit_is_never_served(in_memory: Path, seed: int, count: Callable[[int, int], int]) -> None:
     seen = flips(in_memory / "story", seed, count(500, 100_000))
     assert not seen["open header", "harmless"], seen
-    for part in (
-        "table",
-        "payload",
-    ):  # other headers and batches are there twice: closed segments have an index
+    for part in ("table", "payload"):  # all else is there twice: closed segments have an index
         assert not seen[part, "harmless"], seen
         assert seen[part, "refused"], seen
     print(f"{seen.total()} flips: {dict(seen)}")

@@ -1,4 +1,4 @@
-"""A file system that is full, or fails, at any call of the story: nothing acknowledged is lost, it ends the same."""
+"""A file system that is full, or fails, at any call of the story: nothing is lost, and it ends the same."""
 
 import copy
 import errno
@@ -55,7 +55,7 @@ class Watched(FaultyFiles):
 
 
 def with_error(chapters: Chapters, chapter: Chapter, kth: int, error: int) -> tuple[Path, Oracle]:
-    """The step with one call that fails, done again as often as it says that it failed; then the power fails."""
+    """The step with one call that fails, done again while it says that it failed; then the power fails."""
     path, oracle = chapters.copy(chapter.start), copy.deepcopy(chapter.before)
     files = Watched(kth)
     files.fail("any", kth, error)

@@ -1,4 +1,4 @@
-"""Real file systems, cut off in the middle of the story of a real process, mounted again: I1, I2, I3, I4 hold."""
+"""Real file systems, cut off in the middle of the story of a real process, mounted again: I1 to I4 hold."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""The power fails before any call of the story, and any of what was not synced is gone: I1, I2, I3, I4 hold."""
+"""The power fails before any call of the story, and any of what was not synced is gone: I1 to I4 hold."""
 
 import random
 from collections import Counter

@@ -217,7 +217,7 @@ def test_other_kinds_that_qemu_img_makes_are_refused(
     assert code_of(lambda: FlatVmdk.open_published(Files(), dir_fd, "d")) == code
 
 
-@pytest.mark.parametrize("change", [-SECTOR, SECTOR, -MIB])
+@pytest.mark.parametrize("change", [-SECTOR, SECTOR, SECTOR - MIB])
 def test_data_of_another_size_than_the_descriptor_says_is_refused(
     folder: Path, dir_fd: int, change: int
 ) -> None:

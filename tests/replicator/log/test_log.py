@@ -596,6 +596,25 @@ def test_an_entry_of_a_segment_that_is_gone_is_not_found(dir_fd: int, rng: rando
                 gone()
 
 
+def test_whoever_reads_a_segment_in_the_moment_of_its_removal_is_told_that_it_is_gone(dir_fd: int) -> None:
+    class Reads(Files):
+        seen = 0
+
+        def unlink(self, dir_fd: int, name: str) -> None:
+            super().unlink(dir_fd, name)
+            with pytest.raises(LookupError):
+                log.entries(1)
+            assert log.segments() == (2,)
+            self.seen += 1
+
+    files = Reads()
+    with closing(create(dir_fd, files)) as log:
+        log.write([])
+        log.roll()
+        log.drop(1)
+    assert files.seen == 1
+
+
 def test_a_full_disk_is_told_before_anything_is_written(place: Path, dir_fd: int) -> None:
     files = FaultyFiles()
     files.fail("fallocate", 1, errno.ENOSPC)

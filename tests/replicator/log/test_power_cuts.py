@@ -257,6 +257,65 @@ def test_whenever_the_power_fails_every_acknowledged_batch_is_found(
     assert seen["kept"] + seen["killed and kept"] > 0, seen
 
 
+def killed_before(files: Machine, kind: str, action: Callable[[], None]) -> None:
+    """Do something on this machine; the process is killed before the first call of this kind."""
+
+    class Until(Machine):
+        def _step(self, name: str, *rest) -> int:
+            if name == kind:
+                raise Killed
+            return super()._step(name, *rest)
+
+    files.__class__ = Until
+    with pytest.raises(Killed):
+        action()
+    files.__class__ = Machine
+
+
+def test_a_batch_that_a_killed_process_left_unsynced_is_kept_or_lost_but_never_told_as_damage(
+    in_memory: Path, seed: int, count
+) -> None:
+    """Whoever finds it whole and closes its segment says with the index that it is durable: it must be then."""
+    seen: Counter[bool] = Counter()
+    for number in range(count(150, 10_000)):
+        path, rng, files = in_memory / f"{number}", random.Random(seed + number), Machine(seed + number)
+        batches = [[frame(rng, 512)], [frame(rng, PAGE)]]
+        with directory(path) as dir_fd:
+            log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED)
+            log.write(batches[0], 1)
+            killed_before(files, "fdatasync", partial(log.write, batches[1], 2))
+        files.cut_before(rng.randint(8, 20))
+        cut(path, files, partial(open_and_close, files))
+        with directory(path) as dir_fd:
+            found = Log.open(Files(), dir_fd, Kind.REDO, EPOCH, SEED)
+            assert found is not None
+            assert found.notes() in ({1}, {1, 2})
+            assert held(found) == plain(batches[: len(found.notes())])
+            seen[2 in found.notes()] += 1
+            found.close()
+        shutil.rmtree(path)
+    assert seen[True] > 0 and seen[False] > 0, seen
+
+
+def test_a_segment_that_a_killed_process_removed_stays_removed_once_that_was_seen(
+    in_memory: Path, seed: int
+) -> None:
+    for number in range(20):
+        path, files = in_memory / f"{number}", Machine(seed + number)
+        with directory(path) as dir_fd:
+            log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED)
+            log.write([], 1)
+            log.roll()
+            log.write([], 2)
+            killed_before(files, "fsync", partial(log.drop, 1))
+            found = Log.open(files, dir_fd, Kind.REDO, EPOCH, SEED)
+            assert found is not None and found.segments() == (2,)
+            files.power_cut()
+            found = Log.open(Files(), dir_fd, Kind.REDO, EPOCH, SEED)
+            assert found is not None and found.segments() == (2,)
+            found.close()
+
+
 # ------------------------------------------------------------------ the test would see it
 
 
