@@ -68,7 +68,6 @@ def test_a_tick_says_when_silence_has_its_next_consequence() -> None:
     assert waiting.tick(1.0) == DEADLINE_S[State.START] - 1.0
 
 
-
 @pytest.mark.parametrize(
     ("role", "state"), [(role, state) for role in Role for state in TABLES[role] if state in ACCEPTED]
 )

@@ -96,7 +96,7 @@ def held_singly(log: Log) -> Content:
     ]
 
 
-def written(path: Path, batches: Batches, *, kind: Kind = Kind.REDO, segment_bytes: int = 64 * MIB) -> None:
+def written(path: Path, batches: Batches, *, kind: Kind = Kind.REDO, segment_bytes: int = MIB) -> None:
     """A log of these batches in a directory, let go of without being closed: its last segment is open."""
     with directory(path) as dir_fd:
         log = Log.create(Files(), dir_fd, kind, EPOCH, SEED, segment_bytes=segment_bytes)

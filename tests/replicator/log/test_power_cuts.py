@@ -34,16 +34,17 @@ class Killed(BaseException):
 class Machine(FaultyFiles):
     """One on which a process may be killed, too: what it did is there, unsynced."""
 
-    _left = 0
+    _left, _deadly = 0, "any"
 
-    def kill_before(self, kth: int) -> None:
-        """Raise Killed instead of the `kth` call from now on; 0: not at all."""
-        self._left = kth
+    def kill_before(self, kth: int, kind: str = "any") -> None:
+        """Raise Killed instead of the `kth` call of `kind` from now on; 0: not at all."""
+        self._left, self._deadly = kth, kind
 
     def _step(self, kind: str, name: str, offset: int = 0, length: int = 0) -> int:
-        self._left -= 1
-        if self._left == 0:
-            raise Killed
+        if self._deadly in (kind, "any"):
+            self._left -= 1
+            if self._left == 0:
+                raise Killed
         return super()._step(kind, name, offset, length)
 
 
@@ -257,33 +258,20 @@ def test_whenever_the_power_fails_every_acknowledged_batch_is_found(
     assert seen["kept"] + seen["killed and kept"] > 0, seen
 
 
-def killed_before(files: Machine, kind: str, action: Callable[[], None]) -> None:
-    """Do something on this machine; the process is killed before the first call of this kind."""
-
-    class Until(Machine):
-        def _step(self, name: str, *rest) -> int:
-            if name == kind:
-                raise Killed
-            return super()._step(name, *rest)
-
-    files.__class__ = Until
-    with pytest.raises(Killed):
-        action()
-    files.__class__ = Machine
-
-
 def test_a_batch_that_a_killed_process_left_unsynced_is_kept_or_lost_but_never_told_as_damage(
     in_memory: Path, seed: int, count
 ) -> None:
-    """Whoever finds it whole and closes its segment says with the index that it is durable: it must be then."""
+    """Whoever finds it whole and closes its segment says with the index that it is durable: it must be."""
     seen: Counter[bool] = Counter()
     for number in range(count(150, 10_000)):
         path, rng, files = in_memory / f"{number}", random.Random(seed + number), Machine(seed + number)
         batches = [[frame(rng, 512)], [frame(rng, PAGE)]]
         with directory(path) as dir_fd:
-            log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED)
+            log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
             log.write(batches[0], 1)
-            killed_before(files, "fdatasync", partial(log.write, batches[1], 2))
+            files.kill_before(1, "fdatasync")
+            with pytest.raises(Killed):
+                log.write(batches[1], 2)
         files.cut_before(rng.randint(8, 20))
         cut(path, files, partial(open_and_close, files))
         with directory(path) as dir_fd:
@@ -303,11 +291,13 @@ def test_a_segment_that_a_killed_process_removed_stays_removed_once_that_was_see
     for number in range(20):
         path, files = in_memory / f"{number}", Machine(seed + number)
         with directory(path) as dir_fd:
-            log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED)
+            log = Log.create(files, dir_fd, Kind.REDO, EPOCH, SEED, segment_bytes=SEGMENT_BYTES)
             log.write([], 1)
             log.roll()
             log.write([], 2)
-            killed_before(files, "fsync", partial(log.drop, 1))
+            files.kill_before(1, "fsync")
+            with pytest.raises(Killed):
+                log.drop(1)
             found = Log.open(files, dir_fd, Kind.REDO, EPOCH, SEED)
             assert found is not None and found.segments() == (2,)
             files.power_cut()
