@@ -75,6 +75,8 @@ def apply_segment(
     for image in images:
         image.sync()
     reach("apply.base_synced")
+    if undo is not None:
+        undo.roll()  # what leads back is told from a torn end from now on: nothing else holds it
     redo.drop(segment)
     reach("apply.dropped")
     return ApplyCounts(len(entries), sum(entry.header.raw_len for entry in entries), kept_bytes)
