@@ -156,15 +156,19 @@ async def listed(window: Window, before: bytes | None, ask: Ask | None) -> Diffe
 
 
 async def _stated(window: Window, said: Sequence[Interval], row: bytes | None, ask: Ask | None) -> Difference:
-    """These blocks of a window, after a closer look where they are few; ``row``: digests of all others."""
-    start, end = window.cover
-    said_bytes = sum(stop - begin for begin, stop in said)
+    """These blocks of a window, after a closer look where it may pay; ``row``: digests of all others.
+
+    Where small writes are scattered, most blocks differ and few of their bytes do. Only where every block
+    that holds data differs, something else was written, and a closer look would find nothing.
+    """
+    size, said_bytes = window.cover.end - window.cover.start, _bytes(said)
     fine: dict[int, bytes] = {}
-    close = _holding_data(window, said) if ask is not None and 2 * said_bytes <= end - start else []
-    if ask is not None and 0 < len(close) <= DIGEST_INTERVALS_MAX:
+    close = _holding_data(window, said)
+    some = 2 * said_bytes <= size or _bytes(close) < _bytes(_holding_data(window, [window.cover]))
+    if ask is not None and some and 0 < len(close) <= DIGEST_INTERVALS_MAX:
         fine = dict(_by_block(close, await ask(close, FINE_BYTES)))
     equal = _equal(row, window.cover, said) if row is not None else Digester(0)
-    return Difference(tuple(_pieces(window, said)), fine, equal, end - start - said_bytes)
+    return Difference(tuple(_pieces(window, said)), fine, equal, size - said_bytes)
 
 
 async def _digested(window: Window, source: Source, pool: BufferPool, seed: int) -> bytes:
@@ -296,6 +300,10 @@ def _holding_data(window: Window, said: Sequence[Interval]) -> list[Interval]:
                 found.append(Interval(position, gap.start))
             position = gap.end
     return found
+
+
+def _bytes(intervals: Sequence[Interval]) -> int:
+    return sum(end - start for start, end in intervals)
 
 
 def _by_block(intervals: Sequence[Interval], digests: bytes) -> Iterator[tuple[int, bytes]]:

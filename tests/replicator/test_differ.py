@@ -256,6 +256,23 @@ async def test_few_differences_are_looked_at_twice_and_only_where_there_is_data(
     assert model.content == new
 
 
+@pytest.mark.parametrize(("equal", "looks"), [(0, 0), (1, 1), (8, 1), (60, 1)])
+async def test_a_closer_look_is_taken_unless_all_that_holds_data_differs(equal: int, looks: int) -> None:
+    """Small writes all over a disk change most blocks and few bytes."""
+    size = 64 * BLOCK_BYTES
+    old = bytearray(random.Random(1).randbytes(size))
+    new = bytearray(old)
+    for block in range(equal, 64):
+        new[block * BLOCK_BYTES] ^= 1
+    source = ModelSource([Extent(0, size)], bytes(new))
+    model, pool = Model(old), BufferPool(1 << 24)
+    (window,) = await all_windows(source, Coverage())
+    difference = await compared(window, source, model.theirs, model.ask, pool, SEED)
+    assert len(model.asked) == looks
+    model.apply(source, difference, window, pool)
+    assert model.content == new
+
+
 async def test_several_differences_in_one_long_extent_are_all_said() -> None:
     old = bytearray(random.Random(1).randbytes(64 * BLOCK_BYTES + SECTOR_BYTES))
     new = bytearray(old)
