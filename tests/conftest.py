@@ -17,6 +17,9 @@ import hypothesis
 import pytest
 import uvloop
 
+# Before any test imports it: the assertions of the suite are explained like those of test modules.
+pytest.register_assert_rewrite("tests.replicator.sources.conformance")
+
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent

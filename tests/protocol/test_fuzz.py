@@ -215,7 +215,8 @@ def settle(connection: Connection, error: ProtocolError | None) -> str | None:
         last = split(output)[-1] if output else bytes(72)
         if "FAIL" in error.reason and error.code is not WireCode.HEADER:  # it is not answered
             assert last[6] != FrameType.FAIL
-        elif error.code is not WireCode.SLOW or last[6]:  # what trickles in may be a FAIL too
+        elif error.code is not WireCode.SLOW or last[6] not in (0, FrameType.PING):
+            # What trickles in may be a FAIL too, which is not answered; a PING may have gone out just before.
             assert last[6] == FrameType.FAIL
             assert decode(Fail, last[72:]).code == code
     if error is not None:

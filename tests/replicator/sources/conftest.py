@@ -1,4 +1,4 @@
-"""What the tests of sources share. Assertions of the suite are explained like those of test modules."""
+"""What the tests of sources share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +7,6 @@ import pytest
 
 from replicator.workers import Workers
 from tests.faulty_files import FaultyFiles
-
-pytest.register_assert_rewrite("tests.replicator.sources.conformance")
 
 
 @pytest.fixture
