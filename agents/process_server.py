@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +35,6 @@ from replicator.transport.tls import client_context
 from replicator.workers import Workers
 
 PASSES_MAX = 3  # over a source that is being written: the third either finds it at rest, or it never is
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +173,7 @@ async def _open_sources(
         # The target checks it too, but not every text that argv can hold fits on the wire.
         check_disk(OpenDisk(disk.name, source.size_bytes))
         sources.append(source)
-    moment_ns = (clock.now() - _EPOCH) // _MICROSECOND * 1000
+    moment_ns = clock.now_ns()
     at_rest = [source.watched or config.quiesced for source in sources]
     disks = [
         DiskToSend(disk.name, source, moment_ns if rests else 0)

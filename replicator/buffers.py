@@ -88,6 +88,11 @@ class BufferPool:
             self._free[len(memory)].append(memory)
 
 
+def address_of(view: memoryview) -> int | None:
+    """Where it lies in memory; None for read-only memory, of which Python does not tell."""
+    return None if view.readonly else ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
 class Run(NamedTuple):
     """A stretch of a buffer: bytes [start, end), all zero or not all zero."""
 

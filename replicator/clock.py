@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 class Clock:
@@ -16,3 +19,7 @@ class Clock:
     def now(self) -> datetime:
         """The present time of day in UTC. For certificates, tokens and records."""
         return datetime.now(UTC)
+
+    def now_ns(self) -> int:
+        """The same in ns since 1970, in steps of a microsecond. For records and the wire."""
+        return (self.now() - _EPOCH) // _MICROSECOND * 1000

@@ -11,16 +11,19 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from protocol.constants import MIB
 from protocol.messages import Open
 from replicator.clock import Clock
 from replicator.errors import ReplicatorError, SpaceError
-from replicator.holding import Frame, Holding
+from replicator.holding import Holding
 from replicator.images.directory import ImageDirectory
+from replicator.log.gather import Frame
 from replicator.log.log import SEGMENT_BYTES
 from replicator.log.place import GroupDirectory
 from replicator.log.points import Retention
+from replicator.log.workspace import Workspace
 from replicator.private_directory import PrivateDirectory
 from replicator.workers import Workers
 
@@ -29,6 +32,9 @@ _log = logging.getLogger(__name__)
 APPLIERS = 2  # groups at once: more would only take the disk from one another and the threads from sessions
 SPACE_RETRY_S = 5.0
 LOG_BYTES_MIN = 4 * SEGMENT_BYTES  # one is written, one applied, and what was granted comes meanwhile
+
+Turns: TypeAlias = "asyncio.LifoQueue[Workspace]"
+"""Memory to apply with: who has taken one applies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,9 @@ class Groups:
         self._seed = seed
         self._clock = clock
         self._limits = limits or Limits()
-        self._turns = asyncio.Semaphore(APPLIERS)
+        self._turns: Turns = asyncio.LifoQueue()  # so that a group alone uses one memory, again and again
+        for _ in range(APPLIERS):
+            self._turns.put_nowait(Workspace())
         self._in_hand: dict[str, GroupInHand] = {}
 
     async def start(self) -> None:
@@ -94,7 +102,7 @@ class Groups:
         place = GroupDirectory(self._retention, wanted.group)
         try:
             holding = await self._workers.run(
-                Holding.open, place, self._images, owner, wanted, self._seed, now_ns(self._clock)
+                Holding.open, place, self._images, owner, wanted, self._seed, self._clock.now_ns()
             )
         except ReplicatorError:
             await self._go_on(wanted.group)
@@ -138,7 +146,7 @@ class GroupInHand:
         workers: Workers,
         clock: Clock,
         limits: Limits,
-        turns: asyncio.Semaphore,
+        turns: Turns,
     ) -> None:
         self.holding = holding
         self.on_closed: Callable[[], object] = lambda: None
@@ -170,7 +178,7 @@ class GroupInHand:
 
     async def seal(self, fuzzy: bool) -> bytes:
         """Seal the epoch; its recovery point. Raises as ``Holding.seal``."""
-        point = await self._workers.run(self.holding.seal, fuzzy, now_ns(self._clock))
+        point = await self._workers.run(self.holding.seal, fuzzy, self._clock.now_ns())
         if self.holding.pending:
             self._work()
         return point
@@ -229,8 +237,7 @@ class GroupInHand:
         while not self._stopping and self._failure is None:
             self._early = self._early and self.holding.log_bytes > self._limits.log_bytes // 2
             try:
-                async with self._turns:
-                    worked = await self._workers.run(self.holding.apply_next, self._early)
+                worked = await self._apply_one()
             except SpaceError as error:
                 _log.warning("group %s: waiting for space: %s", self._name, error)
                 await self._prune(Retention(keep_s=0))
@@ -242,10 +249,13 @@ class GroupInHand:
         if not self._stopping:
             await self._prune(self._limits.retention)
 
+    async def _apply_one(self) -> bool:
+        """Apply a segment, when it is this group's turn. False if there is none."""
+        workspace = await self._turns.get()
+        try:
+            return await self._workers.run(self.holding.apply_next, self._early, workspace)
+        finally:
+            self._turns.put_nowait(workspace)
+
     async def _prune(self, retention: Retention) -> None:
-        await self._workers.run(self.holding.prune, now_ns(self._clock), retention)
-
-
-def now_ns(clock: Clock) -> int:
-    """The time of day, in ns since 1970 UTC."""
-    return int(clock.now().timestamp() * 1e9)
+        await self._workers.run(self.holding.prune, self._clock.now_ns(), retention)

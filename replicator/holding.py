@@ -11,12 +11,11 @@ but for ``store``, ``commit`` and ``apply_next``, which may run side by side. Wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from threading import Lock
 
-from protocol.header import Header
 from protocol.messages import NO_ID, Consistency, Mode, Open, OpenDisk
 from protocol.payload import Extent
 from replicator import refusals
@@ -24,25 +23,30 @@ from replicator.extents import Coverage
 from replicator.images.directory import ImageDirectory, OpenedDisk, OpenedGroup
 from replicator.images.flat_vmdk import FlatVmdk
 from replicator.log.apply import apply_segment
+from replicator.log.gather import Frame
 from replicator.log.history import roll_back
 from replicator.log.log import Log
 from replicator.log.logbook import Logbook
 from replicator.log.place import GroupDirectory
 from replicator.log.points import Retention, SealedDisk
+from replicator.log.workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
-Frame = tuple[Header, memoryview]
-"""A DATA frame as it came: header and body."""
-
 
 class Holding:
-    """A group in hand, from ``open`` or ``open_again`` to ``close``. ``group``: its images and epochs."""
+    """A group in hand, from ``open`` or ``open_again`` to ``close``.
+
+    Attributes:
+        group: its images and epochs.
+        disks: of the epoch, with what of it was durable as the group was opened.
+    """
 
     def __init__(
         self, images: ImageDirectory, book: Logbook, group: OpenedGroup, wanted: Open | None, seed: int
     ) -> None:
         self.group = group
+        self.disks = group.disks
         self._images = images
         self._book = book
         self._wanted = wanted
@@ -96,16 +100,6 @@ class Holding:
                 images.settle(group, known.sealed)
             opening.pop_all()
         return cls(images, book, group, None, seed)
-
-    @property
-    def disks(self) -> tuple[OpenedDisk, ...]:
-        """The disks of the epoch, with what of it is durable."""
-        durable = {disk.number: Coverage(disk.durable.intervals()) for disk in self.group.disks}
-        redo = self._book.redo
-        for segment in redo.segments() if redo is not None else ():
-            for disk, start, end in _covers(redo, segment):
-                durable[disk].add(start, end)
-        return tuple(replace(disk, durable=durable[disk.number]) for disk in self.group.disks)
 
     def close(self) -> None:
         """Let go of everything. Idempotent."""
@@ -178,9 +172,9 @@ class Holding:
         """What the redo logs take on the retention volume."""
         return self._book.size_bytes
 
-    def apply_next(self, early: bool) -> bool:
+    def apply_next(self, early: bool, workspace: Workspace | None = None) -> bool:
         """Apply one segment, of the oldest sealed epoch or, if ``early``, of the one under way. False if
-        there is none.
+        there is none. ``workspace``: as for ``apply_segment``.
 
         Raises:
             TargetError, SpaceError, StateError: nothing is lost; the group must be opened anew, but for
@@ -189,11 +183,11 @@ class Holding:
         with self._applying:
             oldest = self._book.oldest_pending()
             if oldest is None:
-                return early and self._apply_early()
+                return early and self._apply_early(workspace)
             epoch, redo = oldest
             segments = redo.segments()
             if segments:
-                self._apply(redo, segments[0], epoch.number, epoch.id)
+                self._apply(redo, segments[0], epoch.number, epoch.id, workspace)
             if len(segments) <= 1:
                 self._images.settle(self.group, epoch.id)
                 self._unsettled = NO_ID
@@ -226,7 +220,12 @@ class Holding:
         if not being_applied and not self._images.settled(disk.name for disk in group.disks):
             self._images.settle(group, group.epochs.sealed)  # a crash came between the last write and this
         if not group.sealed:
-            book.begin(group.epochs.number)
+            redo = book.begin(group.epochs.number)
+            durable = {disk.number: Coverage(disk.durable.intervals()) for disk in group.disks}
+            for segment in redo.segments():
+                for number, start, end in _covers(redo, segment):
+                    durable[number].add(start, end)
+            self.disks = tuple(replace(disk, durable=durable[disk.number]) for disk in group.disks)
 
     def _undo_early(self) -> None:
         """Another epoch comes in the place of one that was applied in part: back to before it."""
@@ -241,13 +240,13 @@ class Holding:
     def _bases(self) -> dict[int, FlatVmdk]:
         return {disk.number: disk.image for disk in self.group.disks}
 
-    def _apply(self, redo: Log, segment: int, number: int, epoch: bytes) -> None:
+    def _apply(self, redo: Log, segment: int, number: int, epoch: bytes, workspace: Workspace | None) -> None:
         if self._unsettled != epoch:
             self._images.unsettle(self.group, epoch)
             self._unsettled = epoch
-        apply_segment(redo, segment, self._bases, self._book.undo_of(number), self._seed)
+        apply_segment(redo, segment, self._bases, self._book.undo_of(number), self._seed, workspace)
 
-    def _apply_early(self) -> bool:
+    def _apply_early(self, workspace: Workspace | None) -> bool:
         """Apply a segment of an epoch that is not sealed; noted first: it may be undone, or gone on with."""
         redo, segment = self._book.redo, self._book.early_segment()
         if redo is None or segment is None:
@@ -255,7 +254,7 @@ class Holding:
         number, epoch = self.group.epochs.number, self.group.epoch
         self._book.note_early(epoch, number)
         self._images.note_durable(number, _covers(redo, segment))
-        self._apply(redo, segment, number, epoch)
+        self._apply(redo, segment, number, epoch, workspace)
         return True
 
     def _sealed_disks(self) -> list[SealedDisk]:
@@ -266,7 +265,7 @@ class Holding:
         ]
 
 
-def _covers(redo: Log | None, segment: int) -> list[tuple[int, int, int]]:
+def _covers(redo: Log, segment: int) -> Iterator[tuple[int, int, int]]:
     """(disk, start, end) of every record of a segment."""
-    entries = redo.entries(segment) if redo is not None else ()
-    return [(entry.header.disk, entry.header.cover_start, entry.header.cover_end) for entry in entries]
+    for entry in redo.entries(segment):
+        yield entry.header.disk, entry.header.cover_start, entry.header.cover_end

@@ -30,11 +30,11 @@ from replicator.adapt import Level
 from replicator.buffers import BufferPool
 from replicator.changes import Changes
 from replicator.digest import BLOCK_BYTES
-from replicator.errors import PeerError, ReplicatorError
+from replicator.errors import ReplicatorError
 from replicator.extents import Coverage
 from replicator.framing import Progress, SendingDisk, SendingParts
 from replicator.sender_state import GroupMemory, GroupRecord
-from replicator.sending import SendingEpoch, SourceMoved
+from replicator.sending import SendingEpoch, SourceMoved, defective
 from replicator.sources.base import Source
 from replicator.transport.stream import Stream
 from replicator.workers import Workers
@@ -348,9 +348,4 @@ def _check_opened(opened: Opened, sizes: Sequence[int]) -> None:
             if start % BLOCK_BYTES or (end % BLOCK_BYTES and end != size) or end > size:
                 reason = f"it claims to hold [{start}, {end}) of disk {answer.disk}, of {size} bytes"
     if reason is not None:
-        raise PeerError(
-            "peer.protocol",
-            f"the master target misbehaved: {reason}",
-            cause="a defect on one of the two sides",
-            fix="report it with the logs of both sides",
-        )
+        raise defective(reason)

@@ -215,7 +215,7 @@ class SendingEpoch:
         except LinkError:
             await self._verdict()
             raise
-        raise _defective(f"it sent {type(message).__name__} on a data stream")
+        raise defective(f"it sent {type(message).__name__} on a data stream")
 
     async def _verdict(self) -> None:
         """A data stream is lost: give the control stream a moment to bring the target's reason."""
@@ -231,7 +231,7 @@ class SendingEpoch:
                 reach("send.acknowledged")
             elif isinstance(message, Digests):
                 if not self._questions.answered(message):
-                    raise _defective("it gave digests that were not asked for")
+                    raise defective("it gave digests that were not asked for")
             elif isinstance(message, Wanted):
                 self._want(message)
             elif isinstance(message, Sealed):
@@ -245,7 +245,7 @@ class SendingEpoch:
                     fix="run the same command again when it is back",
                 )
             else:
-                raise _defective(f"it sent {type(message).__name__}, which was not asked for")
+                raise defective(f"it sent {type(message).__name__}, which was not asked for")
 
     def _acknowledged(self, ack: Ack) -> None:
         self._window.raise_to(ack.credit)
@@ -254,7 +254,7 @@ class SendingEpoch:
             disk = self._disks.get(number)
             for start, end in intervals:
                 if disk is None or disk.claimed.relation(start, end) is not Relation.COVERED:
-                    raise _defective(f"it acknowledged [{start}, {end}) of disk {number}, which was not sent")
+                    raise defective(f"it acknowledged [{start}, {end}) of disk {number}, which was not sent")
                 disk.durable.add(start, end)
         self._count()
 
@@ -268,7 +268,7 @@ class SendingEpoch:
             or (end % BLOCK_BYTES and end != disk.source.size_bytes)
             or disk.claimed.relation(start, end) is not Relation.COVERED
         ):
-            raise _defective(f"it wants [{start}, {end}) of disk {wanted.disk} again, which was not sent")
+            raise defective(f"it wants [{start}, {end}) of disk {wanted.disk} again, which was not sent")
         self._wanted_count += 1
         if self._wanted_count > WANTED_MAX:
             raise _damaging(disk.name)
@@ -282,10 +282,10 @@ class SendingEpoch:
         """SEALED says that all is durable, acknowledged one by one or not."""
         for disk in self._disks.values():
             if not disk.claimed.is_whole(disk.source.size_bytes):
-                raise _defective("it sealed an epoch of which it wanted something again")
+                raise defective("it sealed an epoch of which it wanted something again")
             disk.durable.add(0, disk.source.size_bytes)
         if sealed.epoch != self._epoch:
-            raise _defective("it sealed another epoch")
+            raise defective("it sealed another epoch")
         self._count()
         self._sealed.set_result(sealed)
 
@@ -323,7 +323,8 @@ def _windows(disk: SendingDisk, done: Coverage) -> AsyncIterator[Window]:
     return listed_windows(disk.source, done, disk.listed)
 
 
-def _defective(what: str) -> PeerError:
+def defective(what: str) -> PeerError:
+    """The target did what no target does."""
     return PeerError(
         "peer.protocol",
         f"the master target misbehaved: {what}",

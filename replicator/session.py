@@ -67,12 +67,15 @@ class Session:
         self._control = control
         self._group = group
         self._disks = {
-            disk.number: ReceivingDisk(disk, Coverage(disk.durable.intervals()), disk.durable)
+            disk.number: ReceivingDisk(
+                disk, Coverage(disk.durable.intervals()), Coverage(disk.durable.intervals())
+            )
             for disk in group.holding.disks
         }
         self._queue: asyncio.Queue[tuple[ReceivingDisk, Data]] = asyncio.Queue()
         self._asked: asyncio.Queue[DigestsWanted] = asyncio.Queue(REQUESTS_MAX)
         self._verified: list[Verified] = []
+        self._verified_bytes = 0
         self._verifying = 0
         self._wanted = 0
         self._commit = asyncio.Event()
@@ -212,12 +215,13 @@ class Session:
                 raise
             else:
                 self._verified.append(Verified(disk, data))
+                self._verified_bytes += self._verified[-1].wire_bytes
             finally:
                 if raw is not None:
                     pool.give(raw)
                 self._verifying -= 1
             idle = not self._verifying and self._queue.empty()
-            if idle or sum(verified.wire_bytes for verified in self._verified) >= COMMIT_BYTES:
+            if idle or self._verified_bytes >= COMMIT_BYTES:
                 self._commit.set()
 
     def _want(self, disk: ReceivingDisk, data: Data, error: RemoteProtocolError) -> None:
@@ -239,6 +243,7 @@ class Session:
             await self._commit.wait()
             self._commit.clear()
             batch, self._verified = self._verified, []
+            size, self._verified_bytes = self._verified_bytes, 0
             try:
                 if batch:
                     frames = [(verified.data.header, verified.data.body.view) for verified in batch]
@@ -251,7 +256,7 @@ class Session:
                 disk.durable.add(header.cover_start, header.cover_end)
                 pending = self._pending.setdefault(disk.number, Coverage())
                 pending.add(header.cover_start, header.cover_end)
-            self._share.release(sum(verified.wire_bytes for verified in batch))
+            self._share.release(size)
             if self._control.state is not State.CLOSED:
                 await self._control.drain()  # a sender that reads no ACKs gets no more of them, and no credit
             self._acknowledge()

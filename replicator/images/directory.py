@@ -158,7 +158,8 @@ class ImageDirectory:
             PeerError: ``disk.bad_name``, ``disk.bad_size``, ``disk.name_taken``, ``disk.listed_twice``,
                 ``group.not_yours``, ``image.size_mismatch``. TargetError, SpaceError: as the images say.
         """
-        self.check(owner, wanted)
+        for disk in wanted.disks:
+            check_disk(disk)
         with self._retention.held() as held, ExitStack() as opening:
             catalogue = load(held)
             entries, updated = admit(catalogue, owner, wanted.group, wanted.disks)
@@ -196,8 +197,7 @@ class ImageDirectory:
             if not resumed:
                 for number in {known.number, epochs.number}:  # a file of a lost catalogue may have our number
                     remove_journal(held, number)
-            if direct and not resumed:
-                for entry, image in zip(entries, images, strict=True):
+                for entry, image in zip(entries, images, strict=True) if direct else ():
                     self._mark(entry, image, wanted.epoch, clean=False)
             journal = CoverageJournal.open(held, epochs.number) if direct or resumed else None
             opening.pop_all()

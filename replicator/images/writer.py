@@ -15,7 +15,6 @@ sync: loud, never silent.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import mmap
@@ -29,6 +28,7 @@ from protocol.constants import KIB, MIB
 from protocol.messages import Interval
 from protocol.payload import Extent
 from replicator import linux
+from replicator.buffers import address_of
 from replicator.errors import ReplicatorError, TargetError
 from replicator.failpoints import reach
 from replicator.files import Files, write_fully
@@ -251,7 +251,7 @@ class FileImage:
         if not self.direct or len(data) < DIRECT_MIN_BYTES:
             return 0, 0
         first = -offset % self._align.offset
-        address = _address(data)
+        address = address_of(data)
         if address is None or (address + first) % self._align.memory:
             return 0, 0
         return first, len(data) - (offset + len(data)) % self._align.offset
@@ -342,8 +342,3 @@ def _runs(extents: Sequence[Extent]) -> Iterator[Extent]:
             run = extent
     if run is not None:
         yield run
-
-
-def _address(data: memoryview) -> int | None:
-    """Where it lies in memory; None for read-only memory, of which Python does not tell."""
-    return None if data.readonly else ctypes.addressof(ctypes.c_char.from_buffer(data))

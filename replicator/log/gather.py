@@ -5,13 +5,13 @@ Not here: where in the file it goes, and when it is durable (``segment.py``).
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from protocol.constants import KIB
 from protocol.header import Header, pack
+from replicator.buffers import address_of
 from replicator.log.records import ALIGN, pack_row, padded, record_bytes
 
 Frame: TypeAlias = tuple[Header, memoryview]
@@ -24,8 +24,9 @@ _ZEROS: Final = memoryview(bytes(ALIGN))
 
 
 def is_aligned(view: memoryview) -> bool:
-    """Whether O_DIRECT takes this memory. Of read-only memory Python does not say where it is."""
-    return not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % ALIGN == 0
+    """Whether O_DIRECT takes this memory."""
+    address = address_of(view)
+    return address is not None and address % ALIGN == 0
 
 
 def pages(size: int) -> memoryview:

@@ -6,7 +6,7 @@ Not here: the images (``holding.py``) and how segments are applied to them (``ap
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -99,12 +99,10 @@ class Logbook:
         segments = self.redo.segments() if self.redo is not None else ()
         return segments[0] if len(segments) > 1 else None
 
-    def begin(self, number: int) -> None:
+    def begin(self, number: int) -> Log:
         """Open or make the redo log of the epoch under way; logs that lead nowhere are removed."""
-        known = {epoch.number for epoch in self.record.epochs}
-        for kind, found in logs.found(self._files, self._dir_fd):
-            if found not in known and found != number:
-                logs.remove(self._files, self._dir_fd, kind, found)
+        known = {number, *(epoch.number for epoch in self.record.epochs)}
+        self._remove(lambda _, found: found not in known)
         try:
             self.redo = Log.open(self._files, self._dir_fd, Kind.REDO, number, self._seed)
         except StateError as error:
@@ -112,6 +110,7 @@ class Logbook:
             logs.remove(self._files, self._dir_fd, Kind.REDO, number)
         if self.redo is None:
             self.redo = Log.create(self._files, self._dir_fd, Kind.REDO, number, self._seed)
+        return self.redo
 
     def seal(
         self,
@@ -168,8 +167,7 @@ class Logbook:
         if self.record.epochs:
             _log.warning("group %s: recovery points and log do not fit the disks: dropped", self._place.group)
         self._store(GroupRecord(self._place.group))
-        for kind, number in logs.found(self._files, self._dir_fd):
-            logs.remove(self._files, self._dir_fd, kind, number)
+        self._remove(lambda *_: True)
 
     def prune(self, now_ns: int, retention: Retention) -> None:
         """Let go of recovery points past their time, and of the history that leads nowhere."""
@@ -177,9 +175,7 @@ class Logbook:
         if gone:
             self._store(points.forget(self.record, gone))
         needed = points.undo_needed(self.record) | self.pending.keys()
-        for kind, number in logs.found(self._files, self._dir_fd):
-            if kind is Kind.UNDO and number not in needed:
-                logs.remove(self._files, self._dir_fd, Kind.UNDO, number)
+        self._remove(lambda kind, number: kind is Kind.UNDO and number not in needed)
 
     def close(self) -> None:
         """Let go of everything. Idempotent."""
@@ -213,6 +209,12 @@ class Logbook:
         if list(self.pending) != numbers[len(numbers) - len(self.pending) :]:
             _log.error("group %s: a sealed epoch's log is missing; both sides compare", self._place.group)
             self.forget()
+
+    def _remove(self, is_needless: Callable[[Kind, int], bool]) -> None:
+        """Remove the logs, by kind and epoch number, that are."""
+        for kind, number in logs.found(self._files, self._dir_fd):
+            if is_needless(kind, number):
+                logs.remove(self._files, self._dir_fd, kind, number)
 
     def _store(self, record: GroupRecord) -> None:
         self._place.store(record)

@@ -4,13 +4,12 @@ too far.
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.agents.harness import MIB, Done, Target, identical, make_disk, receiving, send
+from tests.agents.harness import MIB, Done, Target, identical, make_disk, send
 
 pytestmark = pytest.mark.peer("qemu-img")
 
@@ -22,17 +21,6 @@ BLOCK = 4096
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return make_disk(tmp_path / "disk.img", SIZE)
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    with receiving(tmp_path / "target") as target:
-        yield target
 
 
 def scribble(path: Path, seed: int, blocks: int) -> list[list[int]]:

@@ -3,12 +3,11 @@
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.agents.harness import MIB, Target, identical, make_disk, receiving, send, sending, sidecar
+from tests.agents.harness import MIB, Target, identical, make_disk, send, sending, sidecar
 from tests.real_disks import loop_device
 
 pytestmark = pytest.mark.peer("qemu-img")
@@ -21,17 +20,6 @@ BLOCK = 4096
 @pytest.fixture
 def sources(tmp_path: Path) -> list[Path]:
     return [make_disk(tmp_path / f"{name}.img", SIZES[name]) for name in NAMES]
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    with receiving(tmp_path / "target") as target:
-        yield target
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
 
 
 def others(sources: list[Path], *options: str) -> tuple[str, ...]:

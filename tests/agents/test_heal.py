@@ -37,12 +37,6 @@ def source(tmp_path: Path) -> Path:
     return make_disk(tmp_path / "disk.img", 192 * MIB)
 
 
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    with receiving(tmp_path / "target") as target:
-        yield target
-
-
 @contextmanager
 def under_way(source: Path, target: Target, state: Path, *, held: int) -> Iterator[tuple[Proxy, Process]]:
     """A send that keeps trying, of which exactly so many bytes have passed; it must end well."""

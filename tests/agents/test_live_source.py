@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agents.harness import BOUND_S, MIB, Done, Target, identical, make_disk, receiving, send, sending
+from tests.agents.harness import BOUND_S, MIB, Done, Target, identical, make_disk, send, sending
 from tests.agents.proxy import proxy
 from tests.real_disks import loop_device
 
@@ -74,12 +74,6 @@ def writing(path: Path, seed: int) -> Iterator[Writer]:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return make_disk(tmp_path / "disk.img", SIZE)
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    with receiving(tmp_path / "target") as target:
-        yield target
 
 
 def is_honest(done: Done, source: Path, target: Target) -> bool:

@@ -38,17 +38,6 @@ def source(tmp_path: Path) -> Path:
     return make_disk(tmp_path / "disk.img", SIZE)
 
 
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    with receiving(tmp_path / "target") as target:
-        yield target
-
-
 def change(source: Path, size: int = 2 * MIB) -> None:
     """Write something else into the beginning of a disk."""
     with source.open("r+b") as file:

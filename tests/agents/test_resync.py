@@ -3,7 +3,7 @@
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,6 @@ LITTLE = 64 * 1024
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return make_disk(tmp_path / "disk.img", SIZE)
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    with receiving(tmp_path / "target") as target:
-        yield target
 
 
 def scribble(path: Path, rng: random.Random, blocks: int) -> set[int]:

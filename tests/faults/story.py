@@ -16,8 +16,9 @@ from typing import NamedTuple
 from protocol.messages import NO_ID, Consistency, Interval, Mode, Open, OpenDisk
 from protocol.payload import Extent, build, new_compressor
 from replicator.files import Files
-from replicator.holding import Frame, Holding
+from replicator.holding import Holding
 from replicator.images.directory import ImageDirectory, OpenedDisk
+from replicator.log.gather import Frame
 from replicator.log.place import GroupDirectory
 from replicator.log.points import Retention
 from replicator.private_directory import PrivateDirectory
