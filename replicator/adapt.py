@@ -1,14 +1,14 @@
 """Picks the compression of the next frame from what was seen so far.
 
-Pure: observations in, a level out; time is an argument. ``auto`` climbs towards the highest rate. The send
-queue says which way to try: a full one means that what is behind it is the limit (the line, TLS, the target),
-so harder compression may pay; an empty one that our CPU is. Whether it did pay only the rate tells: a level
-is kept if it moved noticeably more of the disk a second than the one before, and after trials that failed the
-next one waits longer.
+Pure: observations in, a level out; time is an argument. ``auto`` climbs towards the highest rate. What frames
+wait for says which way to try: where the line is the limit, harder compression may pay; where our CPU or the
+target is, less of it. Whether it did pay only the rate tells: a level is kept if it moved noticeably more of
+the disk a second than the one before, and after trials that failed the next one waits longer.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Protocol
 
 LEVELS = (0, 1, 3, 6, 9)  # 0: raw. Each step costs about twice the CPU of the one before
@@ -19,6 +19,15 @@ GAIN = 1.05  # what counts as faster
 PATIENCE_MAX = 64  # periods between trials
 
 
+class Limit(Enum):
+    """What holds the frames up; the value says which way to try another level."""
+
+    LINE = 1  # packed ones wait until the streams take more
+    NOTHING = 0  # now and then one waits
+    SOURCE = -1  # the streams wait for frames
+    TARGET = -2  # packed ones wait for credit: the target unpacks and writes more slowly than they come
+
+
 class Level(Protocol):
     """What picks the compression."""
 
@@ -27,11 +36,8 @@ class Level(Protocol):
         """Zstd level for the next frame; 0 is raw."""
         ...
 
-    def observe(self, queued: int, room: int, size: int, now: float) -> None:
-        """A frame of ``size`` bytes of disk is ready; the send queue holds ``queued`` of ``room`` frames.
-
-        ``now``: monotonic seconds.
-        """
+    def observe(self, limit: Limit, size: int, now: float) -> None:
+        """A frame of ``size`` bytes of disk is ready at ``now``, monotonic seconds."""
         ...
 
 
@@ -41,7 +47,7 @@ class FixedLevel:
     def __init__(self, level: int) -> None:
         self.level = level
 
-    def observe(self, queued: int, room: int, size: int, now: float) -> None:
+    def observe(self, limit: Limit, size: int, now: float) -> None:
         """Nothing to learn."""
 
 
@@ -63,7 +69,7 @@ class AutoLevel:
         """Zstd level for the next frame; 0 means raw."""
         return LEVELS[self._step]
 
-    def observe(self, queued: int, room: int, size: int, now: float) -> None:
+    def observe(self, limit: Limit, size: int, now: float) -> None:
         """See ``Level.observe``."""
         if self._settling:
             self._settling -= 1
@@ -71,7 +77,7 @@ class AutoLevel:
             return
         self._bytes += size
         self._frames += 1
-        self._balance += (queued >= room) - (queued == 0)
+        self._balance += (limit.value > 0) - (limit.value < 0)
         if now - self._began >= PERIOD_S and self._frames >= PERIOD_FRAMES:
             self._judge(self._bytes / (now - self._began), self._balance)
             self._began = now

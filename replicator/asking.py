@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from protocol.messages import Digests, DigestsWanted, Interval
@@ -60,7 +60,9 @@ class Questions:
             return False
         try:
             _follow(question, message.intervals)
-            question.rows.append(b"".join(self._rows(question, message)))
+            size = self._sizes[question.disk]
+            told = (message.intervals, message.holes, message.digests)
+            question.rows.append(b"".join(rows_in_order(*told, size, question.block, question.seed)))
         except ValueError:
             return False
         if not question.rest:
@@ -69,31 +71,46 @@ class Questions:
                 question.answer.set_result(b"".join(question.rows))
         return True
 
-    def _rows(self, question: _Question, message: Digests) -> Iterator[bytes]:
-        """The digests of a part, with those of its holes put in their places; ``ValueError`` if they don't
-        fit.
-        """
-        size, block, at = self._sizes[question.disk], question.block, 0
-        holes = deque(message.holes)
-        for start, end in message.intervals:
-            position = start
-            while position < end:
-                behind = min(end, holes[0].start) if holes else end
-                if behind < position or (behind % block and behind != end):
-                    raise ValueError("a hole out of order or not of whole blocks")
-                count = -(-(behind - position) // block) * DIGEST_BYTES
-                if at + count > len(message.digests):
-                    raise ValueError("too few digests")
-                yield message.digests[at : at + count]
-                at, position = at + count, behind
-                if position < end:
-                    hole = holes.popleft()
-                    if hole.end > end or (hole.end % block and hole.end != end):
-                        raise ValueError("a hole outside the interval or not of whole blocks")
-                    yield zero_row(hole, size, question.seed, block)
-                    position = hole.end
-        if holes or at != len(message.digests):
-            raise ValueError("more than was asked for")
+
+def rows_in_order(
+    intervals: Iterable[Interval],
+    holes: Iterable[Interval],
+    digests: bytes,
+    size: int,
+    block: int,
+    seed: int,
+) -> Iterator[bytes]:
+    """The digests of all blocks of the intervals, those of the holes put in their places.
+
+    Args:
+        intervals, holes: sorted, of whole blocks.
+        digests: of the blocks that are in no hole.
+        size: of the disk, whose last block may be short.
+        block, seed: of the digests.
+
+    Raises:
+        ValueError: they don't fit each other.
+    """
+    at, waiting = 0, deque(holes)
+    for start, end in intervals:
+        position = start
+        while position < end:
+            behind = min(end, waiting[0].start) if waiting else end
+            if behind < position or (behind % block and behind != end):
+                raise ValueError("a hole out of order or not of whole blocks")
+            count = -(-(behind - position) // block) * DIGEST_BYTES
+            if at + count > len(digests):
+                raise ValueError("too few digests")
+            yield digests[at : at + count]
+            at, position = at + count, behind
+            if position < end:
+                hole = waiting.popleft()
+                if hole.end > end or (hole.end % block and hole.end != end):
+                    raise ValueError("a hole outside the interval or not of whole blocks")
+                yield zero_row(hole, size, seed, block)
+                position = hole.end
+    if waiting or at != len(digests):
+        raise ValueError("more than was asked for")
 
 
 def _follow(question: _Question, intervals: Sequence[Interval]) -> None:

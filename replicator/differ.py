@@ -24,6 +24,7 @@ from replicator.digest import (
     FINE_BYTES,
     Digester,
     differing,
+    zero_digests,
     zero_row,
 )
 from replicator.extents import Coverage, Cutter, Piece
@@ -43,6 +44,14 @@ class Window(NamedTuple):
 
     cover: Interval
     extents: tuple[Extent, ...]
+
+
+class Held(NamedTuple):
+    """What the target holds in a window: digests of its blocks, of a disk of ``size`` bytes."""
+
+    row: bytes
+    size: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,38 +146,55 @@ async def compared(
     """
     row = await theirs(window.cover)
     ours = await _digested(window, source, pool, seed)
-    return await _stated(window, list(differing(ours, row, *window.cover)), ours, ask)
+    said = list(differing(ours, row, *window.cover))
+    return await _stated(window, said, ours, Held(row, source.size_bytes, seed), ask)
 
 
-async def listed(window: Window, before: bytes | None, ask: Ask | None) -> Difference:
+async def listed(window: Window, before: Held | None, ask: Ask | None) -> Difference:
     """The blocks of a window of ``listed_windows``; nothing is read for it.
 
     Args:
         window: what is outside its extents has not changed.
-        before: digests of what the target holds in the whole window, if they are known.
+        before: what the target holds in the whole window, if that is known.
         ask: None: nobody can be asked, so that the blocks are said as they are.
 
     Raises:
         Whatever ``ask`` raises.
     """
     said = list(Coverage((extent.offset, extent.end) for extent in window.extents).intervals())
-    return await _stated(window, said, before, ask)
+    return await _stated(window, said, before.row if before is not None else None, before, ask)
 
 
-async def _stated(window: Window, said: Sequence[Interval], row: bytes | None, ask: Ask | None) -> Difference:
+async def _stated(
+    window: Window, said: Sequence[Interval], row: bytes | None, before: Held | None, ask: Ask | None
+) -> Difference:
     """These blocks of a window, after a closer look where it may pay; ``row``: digests of all others.
 
     Where small writes are scattered, most blocks differ and few of their bytes do. Only where every block
     that holds data differs, something else was written, and a closer look would find nothing.
     """
     size, said_bytes = window.cover.end - window.cover.start, _bytes(said)
-    fine: dict[int, bytes] = {}
     close = _holding_data(window, said)
     some = 2 * said_bytes <= size or _bytes(close) < _bytes(_holding_data(window, [window.cover]))
+    fine: dict[int, bytes] = {}
+    if before is not None and close:
+        fine, close = _blank(before, window.cover, close)
     if ask is not None and some and 0 < len(close) <= DIGEST_INTERVALS_MAX:
-        fine = dict(_by_block(close, await ask(close, FINE_BYTES)))
+        fine |= _by_block(close, await ask(close, FINE_BYTES))
     equal = _equal(row, window.cover, said) if row is not None else Digester(0)
     return Difference(tuple(_pieces(window, said)), fine, equal, size - said_bytes)
+
+
+def _blank(
+    before: Held, cover: Interval, intervals: Sequence[Interval]
+) -> tuple[dict[int, bytes], list[Interval]]:
+    """What of a window's intervals is zero at the target, as digests of 4 KiB, by block; and the rest."""
+    zeros = zero_row(cover, before.size, before.seed)
+    data = Coverage(differing(before.row, zeros, *cover))
+    blank = [gap for interval in intervals for gap in data.gaps(*interval)]
+    digests = b"".join(zero_digests(end - start, before.seed, FINE_BYTES) for start, end in blank)
+    rest = [part for found in data.intervals() for part in _clipped(intervals, found)]
+    return dict(_by_block(blank, digests)), rest
 
 
 async def _digested(window: Window, source: Source, pool: BufferPool, seed: int) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from struct import Struct
 
 from xxhash import xxh3_128, xxh3_128_digest
 
@@ -19,6 +20,8 @@ from protocol.messages import Interval
 DIGEST_BYTES = 16
 BLOCK_BYTES = 64 * KIB
 FINE_BYTES = 4 * KIB  # the block of most file systems: what a small write changes
+
+_DIGESTS = Struct(f"{DIGEST_BYTES}s")
 
 
 def digests_of(view: memoryview, seed: int, block: int = BLOCK_BYTES) -> bytes:
@@ -34,15 +37,18 @@ def zero_digest(seed: int, size: int = BLOCK_BYTES) -> bytes:
     return xxh3_128_digest(bytes(size), seed)
 
 
+def zero_digests(length: int, seed: int, block: int = BLOCK_BYTES) -> bytes:
+    """The digests of the blocks of ``length`` zero bytes; the last one may be short."""
+    whole, tail = divmod(length, block)
+    return zero_digest(seed, block) * whole + (zero_digest(seed, tail) if tail else b"")
+
+
 def zero_row(interval: Interval, size: int, seed: int, block: int = BLOCK_BYTES) -> bytes:
     """The digests of an interval's blocks if all of it is zero; ``size``: of the disk, whose last block may
     be short.
     """
-    count = -(-(interval.end - interval.start) // block)
-    tail = size % block if interval.end == size else 0
-    if not tail:
-        return zero_digest(seed, block) * count
-    return zero_digest(seed, block) * (count - 1) + zero_digest(seed, tail)
+    whole = size if interval.end == size else interval.end + -interval.end % block
+    return zero_digests(whole - interval.start, seed, block)
 
 
 def differing(
@@ -53,17 +59,15 @@ def differing(
         raise ValueError("rows of digests do not fit each other or the interval")
     if ours == theirs:
         return
-    first: int | None = None
-    for number in range(len(ours) // DIGEST_BYTES):
-        at = number * DIGEST_BYTES
-        differs = ours[at : at + DIGEST_BYTES] != theirs[at : at + DIGEST_BYTES]
-        if differs and first is None:
+    pairs = zip(_DIGESTS.iter_unpack(ours), _DIGESTS.iter_unpack(theirs), strict=True)
+    first = last = 0  # of the stretch that was found last, in blocks
+    for number in [number for number, (one, other) in enumerate(pairs) if one != other]:
+        if number != last:
+            if first < last:
+                yield Interval(start + first * block, start + last * block)
             first = number
-        elif not differs and first is not None:
-            yield Interval(start + first * block, start + number * block)
-            first = None
-    if first is not None:
-        yield Interval(start + first * block, end)
+        last = number + 1
+    yield Interval(start + first * block, min(start + last * block, end))
 
 
 class Digester:

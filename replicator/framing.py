@@ -5,24 +5,23 @@ Not here: where a frame goes once it is made, and what is acknowledged of it (``
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from zstandard import ZstdCompressor
 
-from protocol.messages import Interval, Mode, Opened, Welcome
+from protocol.messages import Interval, Mode, Opened
 from protocol.payload import new_compressor
 from replicator.adapt import Level
-from replicator.asking import Questions
 from replicator.buffers import BufferPool
-from replicator.differ import Difference, Window, compared, everything, listed
+from replicator.differ import Difference, Held, Window, compared, everything, listed
 from replicator.digest import BLOCK_BYTES
 from replicator.digest_map import DigestMap, DigestMapBuilder
 from replicator.extents import Coverage, Piece, Relation
 from replicator.packing import Packed, pack
 from replicator.sources.base import Source
-from replicator.transport.stream import Stream
 from replicator.workers import Workers
 
 
@@ -77,13 +76,20 @@ class SendingDisk:
 
 @dataclass(frozen=True, slots=True)
 class SendingParts:
-    """What all epochs of a sender share; ``greet`` opens a stream on which the target has accepted us."""
+    """What all epochs of a sender share."""
 
-    greet: Callable[[], Awaitable[tuple[Stream, Welcome]]]
     workers: Workers
     level: Level
     progress: Progress
     pool: BufferPool
+
+
+class Asks(Protocol):
+    """Where the target's digests are had: over a session (``asking.py``), or of images in this process."""
+
+    async def ask(self, disk: int, intervals: Sequence[Interval], block: int, seed: int) -> bytes:
+        """The digests of all blocks of the intervals of disk number ``disk``, in order."""
+        ...
 
 
 class Framer:
@@ -102,7 +108,7 @@ class Framer:
         self,
         parts: SendingParts,
         opened: Opened,
-        questions: Questions,
+        questions: Asks,
         may_ask: Callable[[], bool],
         seed: int,
         progress: Progress,
@@ -179,7 +185,8 @@ class Framer:
             before = None
             if known is not None:
                 with suppress(OSError):  # then this epoch has no whole map
-                    before = await workers.run(known.digests, *window.cover)
+                    row = await workers.run(known.digests, *window.cover)
+                    before = Held(row, disk.source.size_bytes, self._seed)
             return await listed(window, before, ask if self._may_ask() else None)
         if not self._may_ask():
             return everything(window)

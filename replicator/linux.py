@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import socket
 import struct
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
 _STATX_SIZE = 256
 _STATX_DIO_OFFSET = 0x98  # stx_dio_mem_align, stx_dio_offset_align: linux/stat.h, since 6.1
+
+_SIOCOUTQ = 0x5411
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -102,3 +105,10 @@ def direct_alignment(fd: int) -> DirectAlignment | None:
     if not mask & _STATX_DIOALIGN or not memory or not offset:
         return None
     return DirectAlignment(memory, offset)
+
+
+def unacknowledged_bytes(sock: socket.socket) -> int:
+    """What was written to a TCP socket and the other host has not confirmed, sent or not."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), _SIOCOUTQ, count)
+    return count[0]

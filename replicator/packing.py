@@ -6,14 +6,22 @@ Pure but for the memory that it is given; runs in worker threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from zstandard import ZstdCompressor
 
 from protocol.payload import DataFrame, Extent, build
 from replicator.buffers import Buffer, zero_runs
-from replicator.digest import BLOCK_BYTES, DIGEST_BYTES, FINE_BYTES, Digester, differing, digests_of
+from replicator.digest import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    FINE_BYTES,
+    Digester,
+    differing,
+    digests_of,
+    zero_digests,
+)
 from replicator.extents import Piece
 
 
@@ -46,21 +54,30 @@ def pack(
     said: list[Extent] = []
     matched = position = kept = 0
     digests = _digests(piece, buffer, seed)
+
+    def data(first: int, end: int) -> bytes:
+        return digests_of(buffer.view[first:end], seed, FINE_BYTES)
+
+    def zeros(first: int, end: int) -> bytes:
+        return zero_digests(end - first, seed, FINE_BYTES)
+
     for extent in piece.extents:
         if extent.zero:
-            said.append(extent)
+            for first, end in _unequal(extent.offset, extent.end, 0, theirs, zeros):
+                said.append(Extent(first, end - first, zero=True))
+                matched -= end - first
+            matched += extent.length
             continue
         for run in zero_runs(buffer, position, position + extent.length):
             shift = extent.offset - position
-            if run.zero:
-                said.append(Extent(run.start + shift, run.end - run.start, zero=True))
-                continue
-            for first, end in _unequal(buffer, run.start, run.end, shift, seed, theirs):
-                said.append(Extent(first + shift, end - first))
+            for first, end in _unequal(run.start, run.end, shift, theirs, zeros if run.zero else data):
+                said.append(Extent(first + shift, end - first, run.zero))
+                matched -= end - first
+                if run.zero:
+                    continue
                 if first != kept:
                     buffer.view[kept : kept + end - first] = buffer.view[first:end]
                 kept += end - first
-                matched -= end - first
             matched += run.end - run.start
         position += extent.length
     frame = build(disk, epoch, piece.cover, said, buffer.view[:kept], compressor, seed)
@@ -83,17 +100,18 @@ def _digests(piece: Piece, buffer: Buffer, seed: int) -> Digester:
 
 
 def _unequal(
-    buffer: Buffer, start: int, end: int, shift: int, seed: int, theirs: Mapping[int, bytes]
+    start: int, end: int, shift: int, theirs: Mapping[int, bytes], ours: Callable[[int, int], bytes]
 ) -> Iterator[tuple[int, int]]:
-    """The parts of bytes [start, end) of a buffer that differ from what the target holds, neighbours joined.
+    """The parts of [start, end) that differ from what the target holds, neighbours joined.
 
-    Byte ``start`` of the buffer is byte ``start + shift`` of the disk.
+    Position ``start`` is byte ``start + shift`` of the disk; ``ours`` gives the digests of 4 KiB between two
+    positions.
     """
     if not theirs:
         yield start, end
         return
     first = last = start  # of the stretch that was found last
-    for position, behind in _unequal_by_block(buffer, start, end, shift, seed, theirs):
+    for position, behind in _unequal_by_block(start, end, shift, theirs, ours):
         if position > last:
             if first < last:
                 yield first, last
@@ -104,7 +122,7 @@ def _unequal(
 
 
 def _unequal_by_block(
-    buffer: Buffer, start: int, end: int, shift: int, seed: int, theirs: Mapping[int, bytes]
+    start: int, end: int, shift: int, theirs: Mapping[int, bytes], ours: Callable[[int, int], bytes]
 ) -> Iterator[tuple[int, int]]:
     """As ``_unequal``, neighbours in different blocks of 64 KiB not joined."""
     while start < end:
@@ -115,7 +133,7 @@ def _unequal_by_block(
         if start < aligned:
             yield start, min(aligned, behind)
         if row is not None and aligned < behind:
-            ours = digests_of(buffer.view[aligned:behind], seed, FINE_BYTES)
+            known = ours(aligned, behind)
             at = (aligned + shift) % BLOCK_BYTES // FINE_BYTES * DIGEST_BYTES
-            yield from differing(ours, row[at : at + len(ours)], aligned, behind, FINE_BYTES)
+            yield from differing(known, row[at : at + len(known)], aligned, behind, FINE_BYTES)
         start = behind

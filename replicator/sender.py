@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from asyncio import Task, create_task, gather
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from protocol.constants import ID_BYTES
@@ -125,9 +126,7 @@ class Sender:
         progress: Progress | None = None,
         tell: Callable[[str], None] = _log.warning,
     ) -> None:
-        self._parts = SendingParts(
-            self._greet, workers, level, progress or Progress(), BufferPool(KEEP_BYTES)
-        )
+        self._parts = SendingParts(workers, level, progress or Progress(), BufferPool(KEEP_BYTES))
         self._dial = dial
         self._memory = memory
         self._streams = streams
@@ -143,6 +142,7 @@ class Sender:
         changes: Changes | None = None,
         *,
         settle: bool = False,
+        epoch: bytes | None = None,
     ) -> Outcome:
         """Bring the group's epoch to its seal, in one session.
 
@@ -150,6 +150,7 @@ class Sender:
             group, disks: what to send.
             changes: what has changed, if somebody knows; used if the target is still at that epoch.
             settle: stay until the target's images hold the epoch, as long as the stream lasts.
+            epoch: its id, if the sources' snapshots carry one.
 
         Raises:
             SourceError, PeerError, TrustError, LinkError, StateError: what ended the session. Called again
@@ -157,34 +158,33 @@ class Sender:
         """
         while True:
             with suppress(SourceMoved):  # the next session's SEAL will say so
-                return await self._send(group, disks, changes, settle)
+                return await self._send(group, disks, changes, settle, epoch)
 
     async def _send(
-        self, group: str, disks: Sequence[DiskToSend], changes: Changes | None, settle: bool
+        self,
+        group: str,
+        disks: Sequence[DiskToSend],
+        changes: Changes | None,
+        settle: bool,
+        named: bytes | None,
     ) -> Outcome:
         workers = self._parts.workers
         self._parts.progress.size = sum(disk.source.size_bytes for disk in disks)
         record = await workers.run(self._memory.load)
-        epoch = self._epoch or await self._begin(record, disks)
+        epoch = self._epoch or await self._begin(record, disks, named)
         self._epoch = epoch
-        control, welcome = await self._greet()
-        try:
-            seed = control.connection.seed
-            opened = await self._open(control, group, epoch, record, changes)
-            for disk in epoch.disks:
-                if disk.building is None:
-                    disk.building = await workers.run(
-                        self._memory.build, epoch.id, disk.number, disk.source.size_bytes, seed
-                    )
-            streams = min(self._streams, welcome.streams_max)
-            session = SendingEpoch(self._parts, control, epoch.id, opened, epoch.disks)
-            sealed, changed = await session.run(streams, epoch.stale)
-            await workers.run(self._finish, epoch)
-            settled = settle and await _has_settled(control, group, disks, epoch.id)
-        except BaseException:
-            control.abort()
-            raise
-        await control.close()
+        async with self._greetings() as greetings:
+            control, welcome = await self._greet()
+            try:
+                opened = await self._open(control, group, epoch, record, changes)
+                session = SendingEpoch(self._parts, control, epoch.id, opened, epoch.disks)
+                sealed, changed = await session.run(greetings[: welcome.streams_max], epoch.stale)
+                await workers.run(self._finish, epoch)
+                settled = settle and await _has_settled(control, group, disks, epoch.id)
+            except BaseException:
+                control.abort()
+                raise
+            await control.close()
         return Outcome(
             sealed.epoch,
             opened.mode,
@@ -195,14 +195,15 @@ class Sender:
             settled,
         )
 
-    async def _begin(self, record: GroupRecord, disks: Sequence[DiskToSend]) -> _Epoch:
+    async def _begin(self, record: GroupRecord, disks: Sequence[DiskToSend], named: bytes | None) -> _Epoch:
         """The epoch that an earlier run left, or a new one, remembered before anything is sent of it."""
         sources = {disk.name: await disk.source.fingerprint() for disk in disks}
         sending = [SendingDisk(disk.name, disk.source, disk.snapshot_ns) for disk in disks]
-        if record.under_way != NO_ID and record.sources.keys() == sources.keys():
+        goes_on = named in (None, record.under_way) and record.under_way != NO_ID
+        if goes_on and record.sources.keys() == sources.keys():
             stale = record.sources != sources or "" in sources.values()
             return _Epoch(record.under_way, sending, resumed=True, stale=stale)
-        epoch = secrets.token_bytes(ID_BYTES)
+        epoch = named or secrets.token_bytes(ID_BYTES)
         await self._parts.workers.run(self._memory.begin, epoch, sources)
         return _Epoch(epoch, sending, resumed=False, stale=False)
 
@@ -242,6 +243,10 @@ class Sender:
             disk.number = answer.disk
             disk.durable, disk.claimed = Coverage(answer.intervals), Coverage(answer.intervals)
             disk.listed = listed.get(disk.name)
+            if disk.building is None:
+                disk.building = await self._parts.workers.run(
+                    self._memory.build, epoch.id, disk.number, sizes[disk.name], control.connection.seed
+                )
         return opened
 
     def _usable(self, changes: Changes | None, opened: Opened) -> Mapping[str, Sequence[Interval]]:
@@ -293,6 +298,23 @@ class Sender:
             control.abort()
             raise
         await control.close()
+
+    @asynccontextmanager
+    async def _greetings(self) -> AsyncIterator[list[Task[Stream]]]:
+        """Data streams, on their way while the control stream takes its round trips; closed in the end."""
+        greetings = [create_task(self._data_stream()) for _ in range(self._streams)]
+        try:
+            yield greetings
+        finally:
+            for greeting in greetings:
+                greeting.cancel()
+            for stream in await gather(*greetings, return_exceptions=True):
+                if isinstance(stream, Stream):
+                    stream.abort()
+
+    async def _data_stream(self) -> Stream:
+        stream, _ = await self._greet()
+        return stream
 
     async def _greet(self) -> tuple[Stream, Welcome]:
         """A stream on which the target has accepted us."""

@@ -14,7 +14,7 @@ frames are made (``framing.py``), connecting again (``retrying.py``), and which 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 
 from protocol.credit import SendWindow
 from protocol.messages import (
@@ -31,6 +31,7 @@ from protocol.messages import (
     Wanted,
 )
 from protocol.state import State
+from replicator.adapt import Limit
 from replicator.asking import Questions
 from replicator.differ import Window, listed_windows, windows
 from replicator.digest import BLOCK_BYTES
@@ -71,6 +72,7 @@ class SendingEpoch:
         self._seed = control.connection.seed
         self._window = SendWindow(opened.credit)
         self._credit = asyncio.Event()
+        self._waiting = 0  # streams, for credit
         self._questions = Questions(control, {disk.number: disk.source.size_bytes for disk in disks})
         # As OPENED told: what is wanted again meanwhile must not be sent by the packers, too.
         held = [Coverage(disk.durable.intervals()) for disk in disks]
@@ -80,46 +82,45 @@ class SendingEpoch:
         self._wanted: asyncio.Queue[tuple[SendingDisk, Interval]] = asyncio.Queue()
         self._wanted_count = 0
         self._whole = asyncio.Event()
+        self._streams: list[Stream] = []
+        self._attaching: list[asyncio.Task[None]] = []
+        self._sealing = False  # no more streams are attached
         self._at_rest = False  # SEAL is out and promises that no disk has changed
         self._sealed: asyncio.Future[Sealed] = asyncio.get_running_loop().create_future()
         self._listener: asyncio.Task[None] | None = None
 
-    async def run(self, stream_count: int, stale: bool) -> tuple[Sealed, bool]:
+    async def run(self, greetings: Sequence[Awaitable[Stream]], stale: bool) -> tuple[Sealed, bool]:
         """Send what is missing and have it sealed. True: the source changed meanwhile.
 
-        ``stale``: it had changed before, since the epoch was begun.
+        Args:
+            greetings: the data streams, once the target has accepted us on them.
+            stale: it had changed before, since the epoch was begun.
 
         Raises:
             SourceMoved: it changed so late that SEAL no longer tells the truth: open the epoch again.
             SourceError, PeerError, TrustError, LinkError: what ended the session.
         """
-        streams: list[Stream] = []
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._listener = tasks.create_task(self._listen())
-                async with asyncio.TaskGroup() as attaching:
-                    for _ in range(stream_count):
-                        attaching.create_task(self._attach(streams))
                 packers = PACKERS_A_THREAD * self._parts.workers.threads
                 background = [tasks.create_task(self._pack()) for _ in range(packers)]
                 background.append(tasks.create_task(self._pack_again()))
-                for stream in streams:
-                    background.append(tasks.create_task(self._transmit(stream)))
-                    background.append(tasks.create_task(self._watch(stream)))
+                background += [tasks.create_task(self._carry(greeting)) for greeting in greetings]
                 self._count()
                 sealed, changed = await self._seal(stale)
                 for task in background:
                     task.cancel()
             return sealed, changed
         except BaseException as error:
-            for stream in streams:  # a line that stalls shall not hold up whoever gives up
+            for stream in self._streams:  # a line that stalls shall not hold up whoever gives up
                 stream.abort()
             raise (cause_of(error) if isinstance(error, BaseExceptionGroup) else error) from None
         finally:
             while not self._queue.empty():
                 self._give(self._queue.get_nowait()[1])
             await self._windows.aclose()
-            await asyncio.gather(*(stream.close() for stream in streams))
+            await asyncio.gather(*(stream.close() for stream in self._streams))
 
     # -- out -----
 
@@ -154,8 +155,7 @@ class SendingEpoch:
         difference = await framer.difference(disk, window)
         for piece in difference.pieces:
             packed = await framer.packed(disk, piece, difference.fine)
-            queued, now = self._queue.qsize(), loop.time()
-            self._parts.level.observe(queued, QUEUE_FRAMES, piece.raw_bytes, now)
+            self._parts.level.observe(self._limit(), piece.raw_bytes, loop.time())
             try:
                 if self._at_rest and await disk.source.changed():
                     raise SourceMoved
@@ -163,6 +163,18 @@ class SendingEpoch:
             except BaseException:  # cancelled too
                 self._give(packed)
                 raise
+
+    def _limit(self) -> Limit:
+        """What holds up the frames just now."""
+        if self._queue.empty():
+            return Limit.SOURCE
+        if not self._queue.full():
+            return Limit.NOTHING
+        if not self._waiting:
+            return Limit.LINE
+        # All credit is used: by what the line has not taken, or by what the target has not written.
+        on_their_way = sum(stream.unacknowledged_bytes for stream in self._streams)
+        return Limit.LINE if 2 * on_their_way > self._opened.credit else Limit.TARGET
 
     def _give(self, packed: Packed) -> None:
         if packed.buffer is not None:
@@ -179,7 +191,11 @@ class SendingEpoch:
                 try:
                     while self._window.room < size:
                         self._credit.clear()
-                        await self._credit.wait()
+                        self._waiting += 1
+                        try:
+                            await self._credit.wait()
+                        finally:
+                            self._waiting -= 1
                     self._window.take(size)
                     again = disk.sent.relation(header.cover_start, header.cover_end) is not Relation.NEW
                     disk.sent.add(header.cover_start, header.cover_end)  # even if the stream fails just now
@@ -194,15 +210,22 @@ class SendingEpoch:
                 await self._verdict()
                 raise
 
-    async def _attach(self, streams: list[Stream]) -> None:
+    async def _carry(self, greeting: Awaitable[Stream]) -> None:
+        """Attach a data stream as soon as the target has accepted it, and use it to the end."""
         try:
-            stream, _ = await self._parts.greet()
-            streams.append(stream)
-            stream.send(Attach(self._opened.session))
-            await stream.expect(Attached)
+            stream = await greeting
+            self._streams.append(stream)
+            if self._sealing:
+                return
+            attach = asyncio.create_task(_attach(stream, self._opened.session))
+            self._attaching.append(attach)
+            await attach
         except LinkError:
             await self._verdict()
             raise
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._transmit(stream))
+            tasks.create_task(self._watch(stream))
 
     # -- in -----
 
@@ -302,10 +325,17 @@ class SendingEpoch:
             changed = any([await disk.source.changed() for disk in self._disks.values()])
             if self._whole.is_set():  # else something was wanted again while we looked
                 break
+        self._sealing = True
+        await asyncio.gather(*self._attaching)  # to a session that has ended, a stream comes as a stranger
         coverage = tuple(DiskCoverage(disk.number, disk.durable.intervals()) for disk in self._disks.values())
         self._control.send(Seal(self._epoch, changed or stale, coverage))
         self._at_rest = not (changed or stale)
         return await self._sealed, changed
+
+
+async def _attach(stream: Stream, session: bytes) -> None:
+    stream.send(Attach(session))
+    await stream.expect(Attached)
 
 
 async def _all_windows(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
@@ -27,7 +27,7 @@ class Workers:
 
     def __init__(self, threads: int = DEFAULT_THREADS) -> None:
         self.threads = threads
-        self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call[Any] | _Aside | None] = SimpleQueue()
         self._threads: list[Thread] = []
         self._closed = False
 
@@ -54,6 +54,16 @@ class Workers:
                     with suppress(asyncio.CancelledError):
                         await call.ended.wait()
             raise
+
+    def begin(self, function: Callable[[], object]) -> Callable[[], None]:
+        """Have a function run beside whoever calls, who is in a thread of ours already.
+
+        Returns what waits for its end and raises what it raised. A function that no thread has got to by then
+        runs there: so threads that wait for one another's are never stuck.
+        """
+        aside = _Aside(function)
+        self._calls.put(aside)
+        return aside.wait
 
     def close(self) -> None:
         """Wait for what is under way and end the threads. Idempotent."""
@@ -121,3 +131,35 @@ class _Call(Generic[T]):
             self.answer.set_result(result)
         else:
             self.answer.set_exception(error)
+
+
+class _Aside:
+    """A function that a thread runs for another; whoever claims it first of the two runs it."""
+
+    __slots__ = ("_claimed", "_ended", "_error", "_function")
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+        self._claimed = Lock()
+        self._ended = Event()
+        self._error: BaseException | None = None
+
+    def claim(self) -> bool:
+        """True for the first who asks: it has to run it."""
+        return self._claimed.acquire(blocking=False)
+
+    def run(self) -> None:
+        """Run it here."""
+        try:
+            self._function()
+        except BaseException as error:  # whatever it is, it is that of whoever waits
+            self._error = error
+        self._ended.set()
+
+    def wait(self) -> None:
+        """Until it has ended; raises what it raised, each time."""
+        if self.claim():
+            self.run()
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error

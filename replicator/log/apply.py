@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from protocol.header import Header
@@ -61,16 +62,20 @@ def apply_segment(
     done = len(entries) if undo is None else _kept(undo, segment)
     for window in windows(entries[:done]):
         _write(workspace.read(redo, segment, window), bases, seed, workspace)
-    kept_bytes = 0
-    for window in windows(entries[done:]):
-        records = workspace.read(redo, segment, window)
-        done += len(window)
-        if undo is not None:
-            reach("apply.before_undo")
-            note = segment << _COUNT_BITS | done
-            kept_bytes += keep(records, bases, undo, note, seed, workspace)
-            reach("apply.undo_kept")
-        _write(records, bases, seed, workspace)
+    kept_bytes, written = 0, _nothing
+    try:
+        for window in windows(entries[done:]):
+            records = workspace.read(redo, segment, window)
+            done += len(window)
+            if undo is not None:
+                reach("apply.before_undo")
+                note = segment << _COUNT_BITS | done
+                kept_bytes += keep(records, bases, undo, note, seed, workspace)
+                reach("apply.undo_kept")
+            written()  # the window before, while this one's past was kept
+            written = workspace.begin(partial(_write, records, bases, seed, workspace))
+    finally:
+        written()
     reach("apply.base_written")
     for image in images:
         image.sync()
@@ -91,6 +96,10 @@ def _kept(undo: Log, segment: int) -> int:
     """How many records of a segment have their pre-images in ``undo``, whole and durable."""
     counts = [note & (1 << _COUNT_BITS) - 1 for note in undo.notes() if note >> _COUNT_BITS == segment]
     return max(counts, default=0)
+
+
+def _nothing() -> None:
+    """There is no window before the first."""
 
 
 def _write(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeAlias
 
 from protocol.constants import KIB, MIB, RAW_MAX_BYTES
 from protocol.errors import RemoteProtocolError
@@ -26,7 +26,7 @@ FRAME_BYTES: Final = MIB  # of raw data in a frame of ours: what a view must rea
 FRAME_EXTENTS: Final = 1024
 SLOTS: Final = 12  # frames a commit: it costs the disk a flush, which a dozen MiB outweigh
 
-_BODIES_BYTES: Final = 12 * MIB
+_BODIES_BYTES: Final = 8 * MIB  # of one window; there is room for two
 _TABLES_BYTES: Final = MIB  # 65,536 extents: some 10 MiB as Python has them
 _LEAD_BYTES: Final = 32 * KIB  # room for a frame's table before its payload; zeros found add a few extents
 _HUGE_PAGE_BYTES: Final = 2 * MIB
@@ -51,35 +51,50 @@ class Slot:
         return view[begin:end]
 
 
+Begin: TypeAlias = Callable[[Callable[[], object]], Callable[[], None]]
+"""Begins a function; what it returns waits for the end and raises what the function raised."""
+
+
+def at_once(function: Callable[[], object]) -> Callable[[], None]:
+    """A ``Begin`` for those who have no thread to spare."""
+    function()
+    return lambda: None
+
+
 class Workspace:
-    """Some 30 MiB.
+    """Some 34 MiB.
 
     Args:
         level: of zstd for frames of ours; None leaves them as they are.
+        begin: runs one thing beside another.
 
     Attributes:
         slots: for frames of ours.
         compressor: for them; None without one.
+        begin: as given.
     """
 
-    def __init__(self, level: int | None = None) -> None:
+    def __init__(self, level: int | None = None, begin: Begin = at_once) -> None:
         slot_bytes = _LEAD_BYTES + FRAME_BYTES
-        memory, start = _huge_pages(_BODIES_BYTES + RAW_MAX_BYTES + SLOTS * slot_bytes)
+        memory, start = _huge_pages(2 * _BODIES_BYTES + RAW_MAX_BYTES + SLOTS * slot_bytes)
         view = memoryview(memory)
-        raw_at = start + _BODIES_BYTES
+        other_at = start + _BODIES_BYTES
+        raw_at = other_at + _BODIES_BYTES
         slots_at = raw_at + RAW_MAX_BYTES
-        self._bodies = view[start:raw_at]
+        self._bodies, self._bodies_before = view[start:other_at], view[other_at:raw_at]
         self._raw = view[raw_at:slots_at]
+        self.begin = begin
         self.slots = tuple(Slot(memory, slots_at + number * slot_bytes) for number in range(SLOTS))
         self.compressor = None if level is None else new_compressor(level)
         self._decompressor = new_decompressor()
 
     def read(self, log: Log, segment: int, entries: Sequence[Entry]) -> list[tuple[Header, memoryview]]:
-        """Headers and bodies of records, one of ``windows``; they hold until the next call.
+        """Headers and bodies of records, one of ``windows``; they hold until the call after the next.
 
         Raises:
             As ``Log.read``.
         """
+        self._bodies, self._bodies_before = self._bodies_before, self._bodies
         in_file = sorted(entries, key=lambda entry: entry.offset)
         bodies: dict[int, memoryview] = {}
         position = 0

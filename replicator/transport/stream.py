@@ -21,6 +21,7 @@ from protocol.errors import PeerSilent, RemoteProtocolError
 from protocol.messages import Bye, Fail, Message
 from protocol.payload import DataFrame
 from protocol.state import Role, State
+from replicator import linux
 from replicator.clock import Clock
 from replicator.errors import ReplicatorError
 from replicator.transport import failures
@@ -164,6 +165,14 @@ class Stream(asyncio.BufferedProtocol):
         if self._connection is None:
             raise self._failure or self._lost(State.START, "not connected")
         return self._connection
+
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """What was sent and is still in our memory, in the kernel's or on the line."""
+        if self._transport is None or self._transport.is_closing():
+            return 0
+        sock = self._transport.get_extra_info("socket")
+        return self._transport.get_write_buffer_size() + linux.unacknowledged_bytes(sock)
 
     def send(self, message: Message) -> None:
         """Send a control message; returns at once.

@@ -17,10 +17,15 @@ from replicator.adapt import (
     SETTLING_FRAMES,
     AutoLevel,
     FixedLevel,
+    Limit,
 )
 
 ROOM = 8
 MIB = 1 << 20
+
+
+def limit(queued: int) -> Limit:
+    return {0: Limit.SOURCE, ROOM: Limit.LINE}.get(queued, Limit.NOTHING)
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Machine:
             step = wobble / (min(pack, line) if self.queued >= ROOM or pack < line else pack)
             self.now += step
             self.queued = min(max(self.queued + 1 - line * step, 0.0), float(ROOM))
-            level.observe(round(self.queued), ROOM, MIB, self.now)
+            level.observe(limit(round(self.queued)), MIB, self.now)
             seen.append(level.level)
         return seen
 
@@ -122,30 +127,41 @@ def test_trials_that_fail_become_rare() -> None:
     assert 0 < changes <= 2 * (seconds / PERIOD_S / PATIENCE_MAX + 1)
 
 
+def test_a_slow_target_is_no_reason_to_compress_harder() -> None:
+    """It has to unpack and write the same whatever came over the line: less of our CPU is tried, not more."""
+    level, seen, now = AutoLevel(), set[int](), 0.0
+    for _ in range(5000):
+        now += 0.005
+        level.observe(Limit.TARGET, MIB, now)
+        seen.add(level.level)
+    assert seen == {0, 1}
+    assert level.level == 1, "nothing became faster without compression, so the line is spared"
+
+
 def test_a_queue_between_full_and_empty_keeps_the_level() -> None:
     level = AutoLevel()
     for number in range(2000):
-        level.observe(ROOM // 2, ROOM, MIB, number * 0.01)
+        level.observe(Limit.NOTHING, MIB, number * 0.01)
     assert level.level == 1
 
 
 def test_too_few_frames_or_too_little_time_change_nothing() -> None:
     slow, quick = AutoLevel(), AutoLevel()
     for number in range(SETTLING_FRAMES + PERIOD_FRAMES - 1):
-        slow.observe(ROOM, ROOM, MIB, number * 10.0)
+        slow.observe(Limit.LINE, MIB, number * 10.0)
     for number in range(10_000):
-        quick.observe(ROOM, ROOM, MIB, number * PERIOD_S / 10_100)
+        quick.observe(Limit.LINE, MIB, number * PERIOD_S / 10_100)
     assert slow.level == quick.level == 1
 
 
-@given(st.lists(st.tuples(st.integers(0, ROOM), st.floats(0, 1)), max_size=500))
-def test_whatever_comes_it_moves_one_step_at_a_time(queued: list[tuple[int, float]]) -> None:
+@given(st.lists(st.tuples(st.sampled_from(Limit), st.floats(0, 1)), max_size=500))
+def test_whatever_comes_it_moves_one_step_at_a_time(limits: list[tuple[Limit, float]]) -> None:
     level = AutoLevel()
     before = LEVELS.index(level.level)
     now = 0.0
-    for found, passed in queued:
+    for found, passed in limits:
         now += passed
-        level.observe(found, ROOM, MIB, now)
+        level.observe(found, MIB, now)
         step = LEVELS.index(level.level)
         assert abs(step - before) <= 1
         before = step
@@ -153,6 +169,6 @@ def test_whatever_comes_it_moves_one_step_at_a_time(queued: list[tuple[int, floa
 
 def test_a_fixed_level_stays() -> None:
     level = FixedLevel(6)
-    for found in [0] * 100 + [ROOM] * 100:
-        level.observe(found, ROOM, MIB, 1.0)
+    for found in [Limit.SOURCE] * 100 + [Limit.LINE] * 100:
+        level.observe(found, MIB, 1.0)
     assert level.level == 6

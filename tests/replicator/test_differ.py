@@ -17,6 +17,7 @@ from replicator import differ
 from replicator.buffers import BufferPool
 from replicator.differ import (
     Difference,
+    Held,
     Window,
     compared,
     everything,
@@ -256,6 +257,35 @@ async def test_few_differences_are_looked_at_twice_and_only_where_there_is_data(
     assert model.content == new
 
 
+@pytest.mark.parametrize("asks", [True, False])
+async def test_small_writes_into_holes_travel_without_the_zeros_around_them(asks: bool) -> None:
+    """What the target holds there is known from its digests of whole blocks: nobody has to ask."""
+    size = 64 * BLOCK_BYTES
+    new = bytearray(size)
+    written = [Extent(block * BLOCK_BYTES + 3 * FINE_BYTES, FINE_BYTES) for block in (0, 9, 10, 40, 63)]
+    extents, position = list[Extent](), 0
+    for extent in written:
+        new[extent.offset : extent.end] = random.Random(1).randbytes(FINE_BYTES)
+        extents += [Extent(position, extent.offset - position, zero=True), extent]
+        position = extent.end
+    source = ModelSource([*extents, Extent(position, size - position, zero=True)], bytes(new))
+    model, pool = Model(bytearray(size)), BufferPool(1 << 24)
+    if asks:
+        (window,) = await all_windows(source, Coverage())
+        difference = await compared(window, source, model.theirs, model.ask, pool, SEED)
+    else:
+        blocks = [
+            Interval(extent.offset - 3 * FINE_BYTES, extent.offset + 13 * FINE_BYTES) for extent in written
+        ]
+        (window,) = [window async for window in listed_windows(source, Coverage(), blocks)]
+        held = Held(digests_of(memoryview(bytes(size)), SEED), size, SEED)
+        difference = await listed(window, held, None)
+    model.apply(source, difference, window, pool)
+    assert model.content == new
+    assert model.said.covered_bytes == 5 * FINE_BYTES
+    assert not model.asked
+
+
 @pytest.mark.parametrize(("equal", "looks"), [(0, 0), (1, 1), (8, 1), (60, 1)])
 async def test_a_closer_look_is_taken_unless_all_that_holds_data_differs(equal: int, looks: int) -> None:
     """Small writes all over a disk change most blocks and few bytes."""
@@ -399,7 +429,8 @@ async def test_target_and_what_was_listed_make_the_source(seed: int, share: floa
     async for window in listed_windows(source, Coverage(), proposed.intervals()):
         first = window.cover.start // BLOCK_BYTES * DIGEST_BYTES
         behind = -(-window.cover.end // BLOCK_BYTES) * DIGEST_BYTES
-        difference = await listed(window, before[first:behind], model.ask if asks else None)
+        held = Held(before[first:behind], len(old), SEED)
+        difference = await listed(window, held, model.ask if asks else None)
         for start, digests in difference.equal.rows:
             at = start // BLOCK_BYTES * DIGEST_BYTES
             assert rows[at : at + len(digests)] == digests

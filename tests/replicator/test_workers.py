@@ -140,3 +140,49 @@ async def test_nothing_is_taken_after_the_end() -> None:
     workers.close()
     with pytest.raises(RuntimeError):
         await workers.run(int)
+
+
+async def test_what_is_begun_in_a_thread_runs_beside_it() -> None:
+    def both(workers: Workers) -> int:
+        met = threading.Barrier(2, timeout=60)
+        other: list[int] = []
+
+        def aside() -> None:
+            met.wait()
+            other.append(threading.get_ident())
+
+        wait = workers.begin(aside)
+        met.wait()
+        wait()
+        return other[0]
+
+    with Workers(2) as workers:
+        held = Held()
+        busy = asyncio.create_task(workers.run(held))
+        await held.begun.wait()
+        held.let.set()
+        await busy  # there are two threads from now on
+        assert await workers.run(both, workers) != threading.get_ident()
+
+
+async def test_threads_that_begin_something_are_never_stuck() -> None:
+    """There is one thread, and it waits: it runs what it waits for."""
+    with Workers(1) as workers:
+        ran = threading.Event()
+
+        def both() -> None:
+            workers.begin(ran.set)()
+
+        await workers.run(both)
+        assert ran.is_set()
+
+
+async def test_what_was_raised_beside_is_raised_for_whoever_waits() -> None:
+    def fails(workers: Workers) -> None:
+        wait = workers.begin(lambda: 1 // 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                wait()
+
+    with Workers(1) as workers:
+        await workers.run(fails, workers)

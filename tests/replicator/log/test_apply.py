@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count as counting
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +28,7 @@ from replicator.log import apply, history, workspace
 from replicator.log.apply import ApplyCounts, apply_segment
 from replicator.log.history import roll_back
 from replicator.log.log import Kind, Log
-from replicator.log.workspace import Workspace
+from replicator.log.workspace import Begin, Workspace, at_once
 from tests.conftest import ROOT
 from tests.faulty_files import FaultyFiles, PowerCut
 from tests.real_disks import run
@@ -94,10 +96,58 @@ def test_images_end_up_as_in_the_model_and_their_undo_is_the_past(
     apply_chain(tmp_path, rng, count(12, 300), Workspace(level))
 
 
-def test_little_memory_makes_no_difference(
-    tmp_path: Path, rng: random.Random, count: Callable[[int, int], int], cramped: None
+def in_a_thread(function: Callable[[], object]) -> Callable[[], None]:
+    thread = ThreadPoolExecutor(1)
+    answer = thread.submit(function)
+
+    def wait() -> None:
+        answer.result()
+        thread.shutdown()
+
+    return wait
+
+
+def as_late_as_can_be(function: Callable[[], object]) -> Callable[[], None]:
+    left = [function]
+
+    def wait() -> None:
+        while left:
+            left.pop()()
+
+    return wait
+
+
+@pytest.mark.parametrize("begin", [at_once, in_a_thread, as_late_as_can_be])
+def test_little_memory_makes_no_difference_nor_when_windows_are_written(
+    tmp_path: Path, rng: random.Random, count: Callable[[int, int], int], cramped: None, begin: Begin
 ) -> None:
-    apply_chain(tmp_path, rng, count(12, 300), Workspace(1))
+    apply_chain(tmp_path, rng, count(12, 300), Workspace(1, begin))
+
+
+@pytest.mark.parametrize("begin", [at_once, in_a_thread, as_late_as_can_be])
+def test_a_window_that_cannot_be_written_is_told_and_written_again(
+    tmp_path: Path, rng: random.Random, cramped: None, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make_images(tmp_path, rng)
+    changes = random_epoch(rng)
+    with group(tmp_path) as here:
+        write_redo(here.dir_fd, 1, changes, rng)
+        memory, write, left = Workspace(1, begin), apply._write, 0
+
+        def fails(*given: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise SpaceError("target.full", "no space", cause="", fix="")
+            write(*given)
+
+        monkeypatch.setattr(apply, "_write", fails)
+        with pytest.raises(SpaceError):
+            here.apply(1, workspace=memory)
+        undo = here.apply(1, workspace=memory)
+        assert undo is not None
+        assert here.contents() == changed(before, changes)
+        assert undone(changed(before, changes), undo) == before
 
 
 def test_without_undo_only_the_images_change(tmp_path: Path, rng: random.Random) -> None:
@@ -272,6 +322,7 @@ def check(folder: Path, before: Models, changes: list[Change]) -> None:
 APPLY = """
 import sys
 from pathlib import Path
+from typing import Any
 from replicator.log import history, workspace
 from tests.replicator.log.epochs import group
 workspace.FRAME_BYTES = history.FRAME_BYTES = 256 * 1024
@@ -439,6 +490,7 @@ def test_whatever_fails_is_told_and_can_be_done_again(
 WITHIN = """
 import re, sys
 from pathlib import Path
+from typing import Any
 from tests.replicator.log.epochs import group
 
 def peak_kib():
