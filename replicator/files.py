@@ -11,9 +11,12 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 from replicator import linux
 from replicator.failpoints import reach
+
+_PIECE_BYTES: Final = 64 * 1024
 
 
 class Files:
@@ -28,8 +31,14 @@ class Files:
         return linux.openat2(dir_fd, name, flags, mode, linux.RESOLVE_BENEATH | linux.RESOLVE_NO_SYMLINKS)
 
     def close(self, fd: int) -> None:
-        """Close ``fd``."""
-        os.close(fd)
+        """Close ``fd``. What must last was synced before, by a call that told: what this one says is no news,
+        and the descriptor is gone whatever it says.
+        """
+        try:
+            os.close(fd)
+        except OSError as error:
+            if error.errno == errno.EBADF:  # a defect of ours: the next one could be somebody else's file
+                raise
 
     def fstat(self, fd: int) -> os.stat_result:
         """fstat(2)."""
@@ -123,13 +132,17 @@ def read_small_file(files: Files, dir_fd: int, name: str, limit_bytes: int = 1 <
     flags = os.O_RDONLY | os.O_NONBLOCK  # a FIFO put there must not hold a worker for ever
     fd = files.open_beneath(dir_fd, name, flags)
     try:
-        content = bytearray(limit_bytes + 1)
-        count = read_fully(files, fd, memoryview(content), 0)
+        content, piece = bytearray(), memoryview(bytearray(_PIECE_BYTES))
+        while len(content) <= limit_bytes:
+            count = read_fully(files, fd, piece, len(content))
+            content += piece[:count]
+            if count < _PIECE_BYTES:
+                break
     finally:
         files.close(fd)
-    if count > limit_bytes:
+    if len(content) > limit_bytes:
         raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", name)
-    return bytes(content[:count])
+    return bytes(content)
 
 
 def replace_file(files: Files, dir_fd: int, name: str, content: bytes, mode: int = 0o600) -> None:

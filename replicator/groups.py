@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -76,7 +77,7 @@ class Groups:
         self._limits = limits or Limits()
         self._turns: Turns = asyncio.LifoQueue()  # so that a group alone uses one memory, again and again
         for _ in range(APPLIERS):
-            self._turns.put_nowait(Workspace())
+            self._turns.put_nowait(Workspace(begin=workers.begin))
         self._in_hand: dict[str, GroupInHand] = {}
 
     async def start(self) -> None:
@@ -87,17 +88,16 @@ class Groups:
     async def open(self, owner: str, wanted: Open) -> GroupInHand:
         """Take a group in hand for an epoch; whoever had it has left it. One caller at a time for a group.
 
+        If the epoch is sealed already, the images hold it, and nothing else, on return.
+
         Raises:
             ReplicatorError: as ``Holding.open``; what was sealed before is applied all the same.
         """
         await self._workers.run(self._images.check, owner, wanted)
         before = self._in_hand.get(wanted.group)
         if before is not None:
-            known = before.holding.group
-            if wanted.epoch == known.epoch or {disk.name for disk in wanted.disks} != {
-                disk.name for disk in known.disks
-            }:
-                await before.applied()
+            if {disk.name for disk in wanted.disks} != {disk.name for disk in before.holding.disks}:
+                await before.applied()  # whoever comes knows nothing of the disks that are left out
             await before.stop()
         place = GroupDirectory(self._retention, wanted.group)
         try:
@@ -107,7 +107,14 @@ class Groups:
         except ReplicatorError:
             await self._go_on(wanted.group)
             raise
-        return self._take(wanted.group, holding)
+        group = self._take(wanted.group, holding)
+        if holding.group.sealed:
+            try:
+                await group.applied()
+            except BaseException:  # cancelled, too
+                group.leave()
+                raise
+        return group
 
     async def stop(self) -> None:
         """Stop at the next segment, let go of everything; the rest is applied after the next start."""
@@ -162,7 +169,7 @@ class GroupInHand:
         self._left = False
         self._closed = False
         self._moved = asyncio.Event()
-        self._failure: ReplicatorError | None = None
+        self._failure: Exception | None = None
         if holding.pending:
             self._work()
 
@@ -226,6 +233,9 @@ class GroupInHand:
         except ReplicatorError as error:
             _log.error("group %s: what is sealed cannot be applied now: %s", self._name, error)
             self._failure = error
+        except Exception as error:  # a defect: whoever waits hears of it, instead of asking again at once
+            _log.exception("group %s: what is sealed cannot be applied", self._name)
+            self._failure = error
         finally:
             self._moved.set()
             if self._left:
@@ -240,14 +250,16 @@ class GroupInHand:
                 worked = await self._apply_one()
             except SpaceError as error:
                 _log.warning("group %s: waiting for space: %s", self._name, error)
-                await self._prune(Retention(keep_s=0))
+                with suppress(SpaceError):  # what says which points are left is written anew before they go
+                    await self._prune(Retention(keep_s=0))
                 await asyncio.sleep(SPACE_RETRY_S)
                 continue
             self._moved.set()
             if not worked:
                 break
         if not self._stopping:
-            await self._prune(self._limits.retention)
+            with suppress(SpaceError):  # they go with the next epoch
+                await self._prune(self._limits.retention)
 
     async def _apply_one(self) -> bool:
         """Apply a segment, when it is this group's turn. False if there is none."""

@@ -19,6 +19,7 @@ from threading import Lock
 from protocol.messages import NO_ID, Consistency, Mode, Open, OpenDisk
 from protocol.payload import Extent
 from replicator import refusals
+from replicator.errors import SpaceError
 from replicator.extents import Coverage
 from replicator.images.directory import ImageDirectory, OpenedDisk, OpenedGroup
 from replicator.images.flat_vmdk import FlatVmdk
@@ -181,18 +182,11 @@ class Holding:
             SpaceError, after which the same call may be made again.
         """
         with self._applying:
-            oldest = self._book.oldest_pending()
-            if oldest is None:
-                return early and self._apply_early(workspace)
-            epoch, redo = oldest
-            segments = redo.segments()
-            if segments:
-                self._apply(redo, segments[0], epoch.number, epoch.id, workspace)
-            if len(segments) <= 1:
-                self._images.settle(self.group, epoch.id)
-                self._unsettled = NO_ID
-                self._book.applied(epoch.number)
-            return True
+            try:
+                return self._apply_oldest(workspace) or (early and self._apply_early(workspace))
+            except SpaceError:
+                self._book.close_undo()
+                raise
 
     def prune(self, now_ns: int, retention: Retention) -> None:
         """Let go of recovery points past their time. Raises ``StateError``, ``TargetError``."""
@@ -214,8 +208,8 @@ class Holding:
                 self._sealed_disks(),
                 now_ns,
             )
-        elif book.record.early and book.record.number != group.epochs.number:  # an id may come again
-            self._undo_early()
+        elif book.record.early and (group.sealed or book.record.number != group.epochs.number):
+            self._undo_early()  # by number: an id may come again
         being_applied = book.pending or book.record.early
         if not being_applied and not self._images.settled(disk.name for disk in group.disks):
             self._images.settle(group, group.epochs.sealed)  # a crash came between the last write and this
@@ -239,6 +233,21 @@ class Holding:
     @property
     def _bases(self) -> dict[int, FlatVmdk]:
         return {disk.number: disk.image for disk in self.group.disks}
+
+    def _apply_oldest(self, workspace: Workspace | None) -> bool:
+        """Apply a segment of the oldest sealed epoch; with the last one, the images are settled."""
+        oldest = self._book.oldest_pending()
+        if oldest is None:
+            return False
+        epoch, redo = oldest
+        segments = redo.segments()
+        if segments:
+            self._apply(redo, segments[0], epoch.number, epoch.id, workspace)
+        if len(segments) <= 1:
+            self._images.settle(self.group, epoch.id)
+            self._unsettled = NO_ID
+            self._book.applied(epoch.number)
+        return True
 
     def _apply(self, redo: Log, segment: int, number: int, epoch: bytes, workspace: Workspace | None) -> None:
         if self._unsettled != epoch:

@@ -79,6 +79,11 @@ class Decision:
     why: str
     diverged: Diverged | None = None
 
+    @property
+    def mode(self) -> Mode:
+        """The epoch's mode; of one that needs nothing more, that of the least to say."""
+        return _MODES[self.action]
+
 
 def decide(epoch: bytes, parent: bytes, target: TargetState) -> Decision:
     """What the epoch ``epoch`` has to say, if its sender can tell what differs from epoch ``parent``.
@@ -111,11 +116,6 @@ def decide(epoch: bytes, parent: bytes, target: TargetState) -> Decision:
     if parent == NO_ID:
         return Decision(Action.RESYNC, "the sender cannot tell what changed since any epoch")
     return Decision(Action.INCREMENTAL, f"the sender knows what changed since {_short(parent)}")
-
-
-def choose_mode(epoch: bytes, parent: bytes, target: TargetState) -> Mode:
-    """The mode of an epoch, by ``decide``; of one that needs nothing more, that of the least to say."""
-    return _MODES[decide(epoch, parent, target).action]
 
 
 _BY_MODE = {

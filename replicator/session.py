@@ -92,6 +92,7 @@ class Session:
     async def run(self) -> None:
         """Serve the session until the sender leaves; returns after a goodbye, raises what else ended it."""
         try:
+            self._tell_why()
             self._open()
             async with asyncio.TaskGroup() as tasks:
                 background = [tasks.create_task(self._verify()) for _ in range(self._parts.workers.threads)]
@@ -116,6 +117,13 @@ class Session:
             self._control.fail(refusals.replaced())
             self._task.cancel()
         await self.ended.wait()
+
+    def _tell_why(self) -> None:
+        group = self._group.holding.group
+        mode, why = group.epochs.mode.name.lower(), group.decision.why
+        level = logging.WARNING if group.decision.diverged else logging.INFO
+        name = group.epochs.name
+        log.log(level, "%s: group %s, epoch %s: %s: %s", self.peer, name, group.epoch.hex(), mode, why)
 
     def _open(self) -> None:
         self._told = self._share.window.granted
@@ -231,7 +239,8 @@ class Session:
         self._parts.give(data.body)
         self._share.release(HEADER_BYTES + data.header.body_len)
         self._wanted += 1
-        if self._wanted > WANTED_MAX:
+        askable = start % BLOCK_BYTES == 0 and (end % BLOCK_BYTES == 0 or end == disk.size)
+        if self._wanted > WANTED_MAX or not askable:
             raise refusals.damaged(disk.number, error)
         disk.claimed.remove(start, end)
         if self._control.state in _LISTENING:

@@ -30,9 +30,13 @@ class Content:
             self.fresh.add(position)
 
     def remember_data(self, start: int, end: int) -> None:
-        """The same for a range that becomes zeros: holes in it, however large, cost nothing."""
+        """The same for a range that becomes zeros: holes in it, however large, cost nothing.
+
+        Save where they are doubtful since a sync failed: made zeros again, they are the next good one's.
+        """
         for first, behind in self._data(start, end):
             self.remember(first, behind)
+        self.fresh.update(position for position in self.sectors if start <= position < end)
 
     def size(self) -> int:
         return os.lseek(self.fd, 0, os.SEEK_END)

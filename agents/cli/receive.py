@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,10 @@ from agents.cli.output import document, say
 
 if TYPE_CHECKING:
     from agents.master_target import MasterTargetConfig
+
+HOUR_S = 3600
+HOURS_MAX = 10 * 366 * 24
+POINTS_MAX = 10_000  # a record of so many of a dozen disks each is still read and written in one piece
 
 
 def receive(
@@ -28,6 +33,14 @@ def receive(
             help="Of a group's log, at least 256M; what is beyond is applied before the seal. Default: 16G"
         ),
     ] = None,
+    retention_hours: Annotated[
+        int,
+        typer.Option(min=0, max=HOURS_MAX, help="How long recovery points are kept; the newest always is."),
+    ] = 24,
+    retention_points: Annotated[
+        int | None,
+        typer.Option(min=1, max=POINTS_MAX, help="How many are kept at most. Default: any number."),
+    ] = None,
     thick: Annotated[bool, typer.Option("--thick", help="Allocate new VMDKs whole.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -41,11 +54,12 @@ def receive(
     from agents.master_target import MasterTargetConfig
     from replicator.errors import Interrupted
     from replicator.groups import LOG_BYTES_MIN, Limits
+    from replicator.log.points import Retention
     from replicator.transport.dial import Address
 
-    limits = Limits()
+    limits = Limits(retention=Retention(retention_hours * HOUR_S, retention_points))
     if journal_size is not None:
-        limits = Limits(log_bytes=parse_size("--journal-size", journal_size, LOG_BYTES_MIN))
+        limits = replace(limits, log_bytes=parse_size("--journal-size", journal_size, LOG_BYTES_MIN))
     config = MasterTargetConfig(
         directory=directory,
         retention=retention or directory / ".replicator",

@@ -5,7 +5,8 @@ sent. The file may say less than what the images hold, never more: what is missi
 is under way stands in the catalogue (``directory.py``). All of it blocks.
 
 Layout, little-endian: entries of u32 disk, u64 start, u64 end, u64 XXH3-64 of these, seeded with the epoch's
-number. The first entry that does not hold ends the file; it is cut off there when it is opened.
+number. The first entry that does not hold ends the file; it is cut off there when it is opened. What holds is
+written once more then: after a sync that failed, the kernel may hold as clean what the medium does not have.
 """
 
 from __future__ import annotations
@@ -89,11 +90,12 @@ class CoverageJournal:
         view = memoryview(bytearray(_READ_BYTES))
         while True:
             count = read_fully(self._files, self._fd, view, self._end)
-            for start in range(0, count - count % _ENTRY.size, _ENTRY.size):
-                if not self._take(view[start : start + _ENTRY.size]):
-                    return
-                self._end += _ENTRY.size
-            if count < _READ_BYTES:
+            valid = 0
+            while valid + _ENTRY.size <= count and self._take(view[valid : valid + _ENTRY.size]):
+                valid += _ENTRY.size
+            write_fully(self._files, self._fd, view[:valid], self._end)
+            self._end += valid
+            if valid < _READ_BYTES:
                 return
 
     def _take(self, entry: memoryview) -> bool:

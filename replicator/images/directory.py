@@ -28,8 +28,9 @@ from replicator.files import Files
 from replicator.images.catalogue import Entry, GroupEpochs, admit, check_disk, load, store
 from replicator.images.coverage_journal import CoverageJournal, remove_journal
 from replicator.images.flat_vmdk import FlatVmdk, flat_name
+from replicator.images.opening import open_datastore
 from replicator.images.sidecar import Sidecar, content_id, read_sidecar, write_sidecar
-from replicator.plan import TargetState, choose_mode
+from replicator.plan import Action, Decision, TargetState, decide
 from replicator.private_directory import PrivateDirectory
 
 
@@ -50,10 +51,12 @@ class Lineage:
     Attributes:
         base: the epoch that they hold, as long as none is being applied.
         applying: epochs of which they may hold a part.
+        history: the sealed epochs that are retained, oldest first.
     """
 
     base: bytes
     applying: frozenset[bytes] = frozenset()
+    history: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +66,21 @@ class OpenedGroup:
     Attributes:
         epochs: what the catalogue says of the group: number and mode of the epoch, the newest sealed one.
         epoch: id of the epoch.
-        sealed: it is sealed already: there is nothing to be said.
+        decision: what it has to say, and why.
         adopted: number of epoch ``epochs.sealed``, as which what the images hold is known from now on: they
             are not what the log says. 0: they are.
         journal: of a direct epoch, takes what becomes durable; None for one that goes to the log.
+        sealed: it is sealed: there is nothing more to be said.
     """
 
     epochs: GroupEpochs
     owner: str
     disks: tuple[OpenedDisk, ...]
     epoch: bytes
-    sealed: bool
+    decision: Decision
     adopted: int
     journal: CoverageJournal | None
+    sealed: bool = False
 
     def close(self) -> None:
         """Let go of everything."""
@@ -100,7 +105,7 @@ class ImageDirectory:
         self._path = path
         self._retention = retention
         self._thin = thin
-        self._dir_fd = self._open_directory()
+        self._dir_fd = open_datastore(files, path)
         self._lock_fd = -1
 
     def __enter__(self) -> Self:
@@ -170,7 +175,14 @@ class ImageDirectory:
             direct = being_published or not any(image.published for image in images)
             adopted = 0
             lineage = lineage or Lineage(known.sealed)
-            if not direct and not self._holds(lineage, entries, images):
+            believed = direct or self._holds(lineage, entries, images)
+            if not direct:
+                under_way = known.under_way if believed else NO_ID
+                state = TargetState(
+                    known.sealed, under_way, known.mode, clean=believed, history=lineage.history
+                )
+            decision = decide(wanted.epoch, wanted.parent, state)
+            if not believed:
                 known = replace(
                     known, sealed=secrets.token_bytes(ID_BYTES), under_way=NO_ID, number=updated.next_epoch
                 )
@@ -179,19 +191,20 @@ class ImageDirectory:
                 for entry, image in zip(entries, images, strict=True):
                     image.blank = False  # from now on what lies there counts
                     self._mark(entry, image, known.sealed, clean=True)
-            if not direct:
-                state = TargetState(known.sealed, known.under_way, known.mode, blank=False, clean=True)
-            if state.clean and wanted.epoch == state.sealed:
+            if decision.action is Action.UP_TO_DATE:
+                if known.under_way in lineage.applying:  # the images shall hold this one: the later is undone
+                    known = replace(known, under_way=NO_ID)
+                    store(held, updated.with_epochs(known))
                 opening.pop_all()
                 whole = _disks(entries, images, [Coverage([(0, disk.size)]) for disk in wanted.disks])
-                return OpenedGroup(known, owner, whole, state.sealed, True, adopted, None)
+                return OpenedGroup(known, owner, whole, wanted.epoch, decision, 0, None, sealed=True)
             resumed = wanted.epoch == state.under_way != NO_ID
             epochs = GroupEpochs(
                 wanted.group,
                 known.sealed,
                 wanted.epoch,
                 known.number if resumed else updated.next_epoch,
-                choose_mode(wanted.epoch, wanted.parent, state),
+                decision.mode,
             )
             store(held, updated.with_epochs(epochs))
             if not resumed:
@@ -207,7 +220,7 @@ class ImageDirectory:
             journal.close()
             journal = None
         disks = _disks(entries, images, durable)
-        return OpenedGroup(epochs, owner, disks, wanted.epoch, False, adopted, journal)
+        return OpenedGroup(epochs, owner, disks, wanted.epoch, decision, adopted, journal)
 
     def open_again(self, group: str, disks: Sequence[OpenDisk], lineage: Lineage) -> OpenedGroup | None:
         """The images of a group whose newest sealed epoch is still to be applied, without a sender.
@@ -232,7 +245,8 @@ class ImageDirectory:
             opening.pop_all()
         epochs = catalogue.epochs_of(group)
         whole = _disks(entries, images, [Coverage([(0, image.size_bytes)]) for image in images])
-        return OpenedGroup(epochs, entries[0].owner, whole, epochs.sealed, True, 0, None)
+        decision = Decision(Action.UP_TO_DATE, "what was sealed is applied")
+        return OpenedGroup(epochs, entries[0].owner, whole, epochs.sealed, decision, 0, None, sealed=True)
 
     def seal(self, group: OpenedGroup) -> None:
         """The epoch is whole. What was written directly is made durable and published. Idempotent.
@@ -314,35 +328,6 @@ class ImageDirectory:
         modified_ns = image.modified_ns() if clean else 0
         sidecar = Sidecar(entry.owner, entry.number, epoch, clean, image.cid, modified_ns)
         write_sidecar(self._files, self._dir_fd, entry.name, sidecar)
-
-    def _open_directory(self) -> int:
-        try:
-            fd = self._files.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            raise TargetError(
-                "target.missing",
-                f"{self._path} does not exist",
-                cause="a wrong path, or a datastore that is not mounted",
-                fix="create the directory or mount the datastore; it is never created here, so that "
-                "nothing lands below an empty mount point",
-            ) from None
-        except OSError as error:
-            raise TargetError(
-                "target.unusable",
-                f"{self._path} cannot be used: {error.strerror}",
-                cause="it is no directory, or this user may not open it",
-                fix="give a directory that this user owns",
-            ) from None
-        flags = os.fstatvfs(fd).f_flag
-        if flags & os.ST_RDONLY or not os.access(self._path, os.W_OK):
-            self._files.close(fd)
-            raise TargetError(
-                "target.read_only",
-                f"{self._path} cannot be written to",
-                cause="the file system is mounted read-only, or this user lacks the right",
-                fix="mount it read-write, or give this user the right to write",
-            )
-        return fd
 
     def _open_images(self, wanted: Sequence[OpenDisk], opening: ExitStack) -> list[FlatVmdk]:
         """The images in the order of ``wanted``; none is created before all that exist have been checked."""

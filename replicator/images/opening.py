@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from protocol.constants import DISK_MAX_BYTES, MIB, SECTOR_BYTES
@@ -80,6 +81,41 @@ def refuse_size(size_bytes: int, what: str) -> None:
             cause=f"a disk is a whole number of sectors of {SECTOR_BYTES} bytes, and not empty",
             fix="name the disk itself, or make it again with the right size",
         )
+
+
+def open_datastore(files: Files, path: Path) -> int:
+    """A descriptor of the directory where VMDKs lie, which is there and can be written to.
+
+    Raises:
+        TargetError: ``target.missing``, ``target.unusable``, ``target.read_only``.
+    """
+    try:
+        fd = files.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise TargetError(
+            "target.missing",
+            f"{path} does not exist",
+            cause="a wrong path, or a datastore that is not mounted",
+            fix="create the directory or mount the datastore; it is never created here, so that "
+            "nothing lands below an empty mount point",
+        ) from None
+    except OSError as error:
+        raise TargetError(
+            "target.unusable",
+            f"{path} cannot be used: {error.strerror}",
+            cause="it is no directory, or this user may not open it",
+            fix="give a directory that this user owns",
+        ) from None
+    flags = os.fstatvfs(fd).f_flag
+    if flags & os.ST_RDONLY or not os.access(path, os.W_OK):
+        files.close(fd)
+        raise TargetError(
+            "target.read_only",
+            f"{path} cannot be written to",
+            cause="the file system is mounted read-only, or this user lacks the right",
+            fix="mount it read-write, or give this user the right to write",
+        )
+    return fd
 
 
 def open_file(files: Files, dir_fd: int, name: str, flags: int) -> tuple[int, os.stat_result]:
@@ -183,7 +219,6 @@ def _allocate(files: Files, fd: int, size_bytes: int) -> None:
 
 def _remove(files: Files, dir_fd: int, name: str, fd: int) -> None:
     """Undo a making that failed; that failure is what the operator is told, not one in here."""
-    with suppress(OSError):
-        files.close(fd)
+    files.close(fd)
     with suppress(OSError):
         files.unlink(dir_fd, name)

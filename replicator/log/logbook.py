@@ -78,7 +78,7 @@ class Logbook:
         newest = self.record.find(base)
         if newest is not None and (Kind.UNDO, newest.number) in logs.found(self._files, self._dir_fd):
             applying.add(base)  # a crash may have come between its last segment and the end of it
-        return Lineage(base, frozenset(applying))
+        return Lineage(base, frozenset(applying), self.record.history)
 
     @property
     def size_bytes(self) -> int:
@@ -146,15 +146,21 @@ class Logbook:
     def undo_of(self, number: int) -> Log:
         """The undo log of an epoch that is being applied; the one before is let go of."""
         if self._undo is None or self._undo[0] != number:
-            self._close_undo()
+            self.close_undo()
             place = (self._files, self._dir_fd, Kind.UNDO, number, self._seed)
             self._undo = (number, Log.open(*place) or Log.create(*place))
         return self._undo[1]
 
+    def close_undo(self) -> None:
+        """Let go of the undo log: after an error of it, it must be opened anew."""
+        if self._undo is not None:
+            self._undo[1].close()
+            self._undo = None
+
     def applied(self, number: int) -> None:
         """The last segment of a sealed epoch is applied, and the images are settled."""
         self.undo_of(number).finish()
-        self._close_undo()
+        self.close_undo()
         self.pending.pop(number).close()
         logs.remove(self._files, self._dir_fd, Kind.REDO, number)
 
@@ -163,7 +169,7 @@ class Logbook:
         for log in self.pending.values():
             log.close()
         self.pending.clear()
-        self._close_undo()
+        self.close_undo()
         if self.record.epochs:
             _log.warning("group %s: recovery points and log do not fit the disks: dropped", self._place.group)
         self._store(GroupRecord(self._place.group))
@@ -181,7 +187,7 @@ class Logbook:
         """Let go of everything. Idempotent."""
         for log in self._redo_logs():
             log.close()
-        self._close_undo()
+        self.close_undo()
         if self._dir_fd >= 0:
             self._files.close(self._dir_fd)
             self._dir_fd = -1
@@ -222,8 +228,3 @@ class Logbook:
 
     def _redo_logs(self) -> list[Log]:
         return [*self.pending.values(), *([self.redo] if self.redo is not None else [])]
-
-    def _close_undo(self) -> None:
-        if self._undo is not None:
-            self._undo[1].close()
-            self._undo = None

@@ -5,6 +5,10 @@ is read record by record. Its valid prefix ends at the last batch record that is
 before it whole. All that was acknowledged lies in it, unless a valid block behind says that more had been
 durable: then acknowledged data is lost, and nothing is changed. What else lies behind is one batch in flight:
 torn, promised to nobody. Such a segment is closed where its valid prefix ends; writing goes on in a new one.
+
+What a sync was to make durable before recovery, and perhaps did not, is written once more and not only
+synced: after a sync that failed, the kernel may hold as clean what the medium does not have, and the next
+sync says nothing of it.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ import os
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Final
 
+from protocol.constants import MIB
 from replicator.errors import StateError
 from replicator.files import Files
 from replicator.log.directory import segment_numbers
@@ -34,6 +40,8 @@ from replicator.log.records import (
 )
 from replicator.log.scan import Scan, durable_end, has_batches, scan
 from replicator.log.segment import OpenSegment, SegmentFile
+
+_STEP_BYTES: Final = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +113,10 @@ def recover(files: Files, dir_fd: int, kind: Kind, epoch: int, seed: int) -> Rec
     if len(found) < len(numbers):
         files.unlink(dir_fd, segment_name(kind, epoch, numbers[-1]))
     segments = {each.identity.segment: _in_order(files, dir_fd, each, seed) for each in found}
-    if found and found[-1].scan is None:
-        # The process that closed it may have ended before its sync.
-        with closing(open_segment_file(files, dir_fd, found[-1].identity, os.O_RDONLY)) as file:
-            file.sync()
+    newest = found[-1] if found else None
+    if newest is not None and newest.scan is None:  # the sync that was to close it may have come to nothing
+        closed = newest.closed
+        close_again(files, dir_fd, newest.identity, closed, seed, last=closed.last)
     files.fsync(dir_fd)
     return Recovered(found[0].identity.log, segments) if found else None
 
@@ -187,10 +195,18 @@ def _in_order(files: Files, dir_fd: int, examined: _Examined, seed: int) -> Clos
     if found is None:
         return closed
     with closing(open_segment_file(files, dir_fd, examined.identity, os.O_RDWR)) as file:
+        _write_again(file, 0, ALIGN)
+        _write_again(file, found.last_batch, found.end)  # of those before it a sync has told
         file.sync()  # before its index, which says that they are, the batches must be durable
         segment = OpenSegment(file, examined.identity, closed.size_bytes, seed)
         segment.resume(found.end, found.rows, found.marks)
         return Closed(closed.end, segment.finish(last=closed.last), closed.notes, closed.last)
+
+
+def _write_again(file: SegmentFile, start: int, end: int) -> None:
+    memory = pages(min(max(end - start, ALIGN), _STEP_BYTES))
+    for position in range(start, end, len(memory)):
+        file.write([file.read(memory[: end - position], position)], position)
 
 
 def _read_trailer(file: SegmentFile, identity: Identity, seed: int) -> Trailer | None:

@@ -43,6 +43,11 @@ class Scan:
     rows: bytearray = field(default_factory=bytearray)
     marks: list[Mark] = field(default_factory=list)
 
+    @property
+    def last_batch(self) -> int:
+        """Where its last batch begins; ``end`` if it has none."""
+        return self.marks[-2].position + ALIGN if len(self.marks) > 1 else ALIGN
+
 
 def scan(file: SegmentFile, identity: Identity, previous: Position, seed: int) -> Scan:
     """The valid prefix: up to the last batch record that is reached with everything before it whole.

@@ -125,8 +125,7 @@ class SegmentFile:
             if not self._direct:
                 with suppress(OSError):  # only advice
                     self._files.drop_cache(fd)
-            with suppress(OSError):  # what is durable was made so by a sync, which told
-                self._files.close(fd)
+            self._files.close(fd)
 
     def _open(self) -> tuple[int, bool]:
         flags = self._flags | os.O_NONBLOCK  # a FIFO must not hold us

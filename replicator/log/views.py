@@ -2,11 +2,12 @@
 
 ::
 
-    view at a point = image, painted over with the undo of every later epoch, the newest first
+    view at a point = image, painted over with the undo of every later epoch, the newest first,
+                      and with what is not applied of the redo up to the point, the oldest epoch first
 
 The undo of the epoch next to the point is painted last: the *older* pre-image wins. It works while epochs are
-being applied, since a pre-image is in its log before the image changes where it comes from. Not here: which
-points there are (``points.py``), and redo that is not yet applied: it changes no image.
+being applied, since a pre-image is in its log before the image changes where it comes from, and redo stays in
+its log until the image holds it. Not here: which points there are (``points.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from threading import Lock
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from protocol.constants import MIB, SECTOR_BYTES
 from protocol.errors import RemoteProtocolError
@@ -30,13 +31,15 @@ from protocol.payload import Extent, new_decompressor, unpack
 from replicator.errors import ReplicatorError
 from replicator.extents import Coverage
 from replicator.log.index import CoverIndex, Place, entry_at
-from replicator.log.log import Log
+from replicator.log.log import Kind, Log
 from replicator.log.records import record_bytes
 from replicator.log.workspace import broken
 from replicator.sources.base import Source
 from replicator.workers import Workers
 
 T = TypeVar("T")
+Generation: TypeAlias = tuple[int, tuple[int, ...]]
+"""As ``Past`` has it, and the oldest segment of each redo log: what goes from there is in the image."""
 
 _KEEP_BYTES: Final = 16 * MIB  # of unpacked records: those that the next read is likely to touch again
 _HOLE_BYTES: Final = 256 * MIB  # of a hole, looked at in one go
@@ -48,12 +51,15 @@ class Past:
 
     Attributes:
         logs: the undo logs of all epochs after the point, oldest first; they stay open while they are listed.
+        redo: the redo logs of the epochs up to the point that are not yet applied whole, oldest first; they
+            stay open while they are listed.
         generation: changes before an image is written by an epoch that ``logs`` did not list, and before a
             log that was listed is closed or removed, at which time the image holds what makes it needless.
     """
 
     logs: Callable[[], Sequence[Log]]
     generation: Callable[[], int]
+    redo: Callable[[], Sequence[Log]] = tuple
 
 
 class PointView:
@@ -79,16 +85,16 @@ class PointView:
         self._point = point
         self._past = past
         self._workers = workers
-        self._layers = _Layers(past.logs, disk)
+        self._layers = _Layers(past, disk)
         self._records = _Records(seed)
 
     async def extents(self, start: int = 0) -> AsyncIterator[Extent]:
-        """See ``Source.extents``. A hole of the image is one of the point where no undo has data for it."""
+        """See ``Source.extents``. A hole of the image is one of the point where no log has data for it."""
         if start % SECTOR_BYTES or not 0 <= start <= self.size_bytes:
             raise ValueError(f"position {start} is not a sector of a disk of {self.size_bytes} bytes")
-        position, generation = start, -1
-        while self._past.generation() != generation:
-            generation = self._past.generation()
+        position, generation = start, None
+        while self._generation() != generation:
+            generation = self._generation()
             async with aclosing(self._parts(position, generation)) as parts:
                 async for part in parts:
                     yield part
@@ -97,7 +103,7 @@ class PointView:
     async def read_into(self, extents: Sequence[Extent], view: memoryview, then: Callable[[], T]) -> T:
         """See ``Source.read_into``; also StateError ``log.damaged``, TargetError ``log.read_failed``."""
         while True:
-            finish = partial(self._finish, extents, view, self._past.generation(), then)
+            finish = partial(self._finish, extents, view, self._generation(), then)
             answer = await self._base.read_into(extents, view, finish)
             if answer is not None:
                 return answer[0]
@@ -115,7 +121,7 @@ class PointView:
         """See ``Source.close``. The logs are not its own."""
         await self._base.close()
 
-    async def _parts(self, start: int, generation: int) -> AsyncGenerator[Extent, None]:
+    async def _parts(self, start: int, generation: Generation) -> AsyncGenerator[Extent, None]:
         """The disk from ``start`` on, as far as the generation lasts."""
         async for extent in self._base.extents(start):
             position = extent.offset
@@ -130,26 +136,29 @@ class PointView:
             if not extent.zero:
                 yield extent
 
+    def _generation(self) -> Generation:
+        return self._past.generation(), tuple(min(log.segments(), default=0) for log in self._past.redo())
+
     # What follows blocks and runs in a worker.
 
-    def _if_still(self, generation: int, look: Callable[[], T]) -> tuple[T] | None:
+    def _if_still(self, generation: Generation, look: Callable[[], T]) -> tuple[T] | None:
         """What ``look`` returns; None if the generation is over, and it may have seen anything."""
         try:
             seen = look()
         except (LookupError, ReplicatorError):
-            if self._past.generation() == generation:
+            if self._generation() == generation:
                 raise
             return None  # a log went away meanwhile
-        return (seen,) if self._past.generation() == generation else None
+        return (seen,) if self._generation() == generation else None
 
     def _finish(
-        self, extents: Sequence[Extent], view: memoryview, generation: int, then: Callable[[], T]
+        self, extents: Sequence[Extent], view: memoryview, generation: Generation, then: Callable[[], T]
     ) -> tuple[T] | None:
         """``view`` holds what the image did: make it the point's, and go on. None: to be read once more."""
         painted = self._if_still(generation, partial(self._paint, extents, view, generation))
         return None if painted is None else (then(),)
 
-    def _paint(self, extents: Sequence[Extent], view: memoryview, generation: int) -> None:
+    def _paint(self, extents: Sequence[Extent], view: memoryview, generation: Generation) -> None:
         position = 0
         for extent, places in zip(extents, self._layers.records(generation, extents), strict=True):
             part = view[position : position + extent.length]
@@ -157,7 +166,7 @@ class PointView:
             for log, place in places:
                 self._records.load(log, place).paint(part, extent.offset)
 
-    def _hole(self, start: int, end: int, generation: int) -> list[Extent]:
+    def _hole(self, start: int, end: int, generation: Generation) -> list[Extent]:
         """A hole of the image as extents of the point, from its start on, at least one."""
         first = self._layers.next_cover(generation, start)
         if first is None or first >= end:
@@ -180,46 +189,51 @@ class PointView:
 
 
 class _Layers:
-    """The undo logs of a disk, indexed; the newest is painted first. For any thread."""
+    """The logs that make a point of an image, indexed, in the order of painting. For any thread."""
 
-    def __init__(self, logs: Callable[[], Sequence[Log]], disk: int) -> None:
-        self._logs = logs
+    def __init__(self, past: Past, disk: int) -> None:
+        self._past = past
         self._disk = disk
         self._indexes: list[CoverIndex] = []
-        self._generation: int | None = None
+        self._generation: Generation | None = None
         self._lock = Lock()
 
-    def records(self, generation: int, extents: Sequence[Extent]) -> list[list[tuple[Log, Place]]]:
+    def records(self, generation: Generation, extents: Sequence[Extent]) -> list[list[tuple[Log, Place]]]:
         """For each extent the records that may have a byte of it, in the order of painting."""
         with self._lock:
             self._refresh(generation)
             return [
-                [
-                    (index.log, place)
-                    for index in self._indexes
-                    for place in reversed(index.records(self._disk, extent.offset, extent.end))
-                ]
+                [(index.log, place) for index in self._indexes for place in self._places(index, extent)]
                 for extent in extents
             ]
 
-    def next_cover(self, generation: int, position: int) -> int | None:
+    def _places(self, index: CoverIndex, extent: Extent) -> Iterator[Place]:
+        places = index.records(self._disk, extent.offset, extent.end)
+        if index.log.kind is Kind.UNDO:
+            yield from reversed(places)
+        else:  # in any order: they never overlap
+            there = index.log.segments()
+            yield from (place for place in places if place.segment in there)
+
+    def next_cover(self, generation: Generation, position: int) -> int | None:
         """The first byte at or behind ``position`` that any log may have."""
         with self._lock:
             self._refresh(generation)
             found = [index.next_cover(self._disk, position) for index in self._indexes]
             return min((first for first in found if first is not None), default=None)
 
-    def _refresh(self, generation: int) -> None:
+    def _refresh(self, generation: Generation) -> None:
         if self._generation != generation:
             known = {id(index.log): index for index in self._indexes}
-            self._indexes = [known.get(id(log)) or CoverIndex(log) for log in reversed(self._logs())]
+            logs = [*reversed(self._past.logs()), *self._past.redo()]
+            self._indexes = [known.get(id(log)) or CoverIndex(log) for log in logs]
             self._generation = generation
         for index in self._indexes:
             index.refresh()
 
 
 class _Record:
-    """A record of an undo log, unpacked."""
+    """A record of a log, unpacked."""
 
     __slots__ = ("_extents", "_positions", "_raw", "_starts", "size_bytes")
 
@@ -258,7 +272,7 @@ class _Record:
 
 
 class _Records:
-    """Reads records of undo logs, and keeps those that were used last. For any thread."""
+    """Reads records of logs, and keeps those that were used last. For any thread."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -231,3 +231,41 @@ def test_a_journal_size_that_is_none_or_too_small_is_refused(size: str, tmp_path
     assert (done.error["code"], done.status) == ("usage.size", 2)
     assert "--journal-size" in done.error["message"]
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ retention
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [((), 4), (("--retention-points", "2"), 2), (("--retention-hours", "0"), 1)],
+    ids=["default", "points", "hours"],
+)
+def test_points_are_kept_as_long_as_was_asked_for(
+    source: Path, tmp_path: Path, state: Path, options: tuple[str, ...], kept: int
+) -> None:
+    with receiving(tmp_path / "target", *options) as target:
+        sealed = []
+        for _ in range(4):
+            change(source)
+            sealed.append(send(source, target.address, state, token=target.token).ok["recovery_point"])
+        target.process.until(lambda: len(points(target.directory)) <= kept)
+        assert [point["id"] for point in points(target.directory)] == sealed[-kept:]
+        assert identical(source, target.directory / "disk.vmdk")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--retention-hours", "-1"),
+        ("--retention-hours", "100000"),
+        ("--retention-hours", "nan"),
+        ("--retention-points", "0"),
+        ("--retention-points", "1.5"),
+    ],
+)
+def test_a_retention_that_is_none_is_refused(option: tuple[str, str], tmp_path: Path) -> None:
+    done = run("receive", "--directory", tmp_path, *option, "--json")
+    assert (done.error["code"], done.status) == ("usage.arguments", 2)
+    assert option[0] in done.error["message"]
+    assert list(tmp_path.iterdir()) == []

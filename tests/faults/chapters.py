@@ -6,14 +6,14 @@ So a state costs the run of a part of one step, not of all before it. Not here: 
 import copy
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from replicator.files import Files
 from tests.faults.oracle import Oracle
-from tests.faults.story import Machine, Story
+from tests.faults.story import PLOTS, Machine, Plot, Story
 from tests.faulty_files import FaultyFiles, PowerCut
 
 
@@ -33,15 +33,16 @@ class Chapters:
         all: its steps.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, plots: Sequence[Plot] = PLOTS) -> None:
         self._seed = seed
+        self._plots = plots
         self._folder = folder
         oracle = Oracle(seed)
         now = folder / "now"
         now.mkdir(parents=True)
         self.all: list[Chapter] = []
         machine = Machine(now, Files())
-        for step in range(len(Story(machine, oracle, oracle.source, random.Random()).steps())):
+        for step in range(len(self._steps(machine, oracle, random.Random()))):
             start = folder / f"{step}"
             shutil.copytree(now, start)
             files = FaultyFiles()
@@ -57,10 +58,13 @@ class Chapters:
         machine = Machine(path, files)
         rng = random.Random(f"{self._seed}/{step}")
         try:
-            Story(machine, oracle, oracle.source, rng).steps()[step]()
+            self._steps(machine, oracle, rng)[step]()
         finally:
             if not isinstance(files, FaultyFiles):
                 machine.close()
+
+    def _steps(self, machine: Machine, oracle: Oracle, rng: random.Random) -> list[Callable[[], None]]:
+        return Story(machine, oracle, oracle.source, rng, self._plots).steps()
 
     def copy(self, start: Path) -> Path:
         """A copy of what lies there, times and all; the one before is gone."""

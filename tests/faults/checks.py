@@ -50,10 +50,11 @@ class Base:
         return then()
 
 
-def shown(path: Path, number: int, later: Sequence[Log]) -> bytes:
-    """A disk as a view shows it; `later` are the undo logs that lead from the image to the point."""
+def shown(path: Path, number: int, later: Sequence[Log], before: Sequence[Log]) -> bytes:
+    """A disk as a view shows it; `later` are the undo logs that lead from the image to the point, `before`
+    the redo logs."""
     base = Base(path)
-    past = Past(lambda: later, lambda: 0)
+    past = Past(lambda: later, lambda: 0, lambda: before)
     view = PointView(cast(Source, base), number, "point", past, cast(Workers, Inline()), HASH_SEED)
     memory = bytearray(base.size_bytes)
     reading = view.read_into([Extent(0, len(memory))], memoryview(memory), lambda: None)
@@ -116,7 +117,7 @@ def goes_on(machine: Machine, oracle: Oracle, plot: Plot, rng: random.Random) ->
 def points(machine: Machine, oracle: Oracle, newest: int | None, *, applied: bool) -> None:
     """I3: every recovery point that was promised is there, and shows what the source held then.
 
-    Unless everything is ``applied``, those that are still to be cannot be looked at.
+    ``applied``: everything that is sealed must be in the images.
     """
     if newest is None:
         return
@@ -127,20 +128,27 @@ def points(machine: Machine, oracle: Oracle, newest: int | None, *, applied: boo
     if [epoch for epoch in there.values() if epoch <= newest][-len(promised) :] != promised:
         raise Violation(f"I3: points {list(there.values())}; {promised} were promised")
     with ExitStack() as opening:
-        undo, pending = _logs(machine, record, opening)
+        undo, redo = _logs(machine, record, opening)
         for number, epoch in there.items():
-            if number < pending:
-                later = [undo[each] for each in sorted(undo) if each > number]
-                _shows(machine, oracle, record, epoch, later)
-            elif applied and epoch <= newest:
+            if applied and number in redo and epoch <= newest:
                 raise Violation(f"I2: epoch {epoch} is not applied")
+            later = [undo[each] for each in sorted(undo) if each > number]
+            before = [redo[each] for each in sorted(redo) if each <= number]
+            _shows(machine, oracle, record, epoch, later, before)
         _undo_is_true(oracle, record, there, undo)
 
 
-def _shows(machine: Machine, oracle: Oracle, record: GroupRecord, epoch: int, later: Sequence[Log]) -> None:
+def _shows(
+    machine: Machine,
+    oracle: Oracle,
+    record: GroupRecord,
+    epoch: int,
+    later: Sequence[Log],
+    before: Sequence[Log],
+) -> None:
     known = record.find(id_of(epoch))
     for disk in known.disks if known is not None else ():
-        seen = shown(machine.flat(disk.name), disk.number, later)
+        seen = shown(machine.flat(disk.name), disk.number, later, before)
         wrong = difference(seen, oracle.source.at(epoch)[disk.name])
         if wrong:
             raise Violation(f"I3: point {epoch}, disk {disk.name}: {wrong}")
@@ -203,19 +211,20 @@ def _has_acknowledged(machine: Machine, holding: Holding, oracle: Oracle, epoch:
                 raise Violation(f"I1: disk {disk.name}, from byte {start} on: {wrong}")
 
 
-def _logs(machine: Machine, record: GroupRecord, opening: ExitStack) -> tuple[dict[int, Log], float]:
-    """The undo logs by epoch number, and the oldest number that is sealed and not applied (or infinity)."""
+def _logs(machine: Machine, record: GroupRecord, opening: ExitStack) -> tuple[dict[int, Log], dict[int, Log]]:
+    """The undo logs by epoch number, and the redo logs of what is sealed."""
     dir_fd = machine.place.open()
     opening.callback(os.close, dir_fd)
     logs = found(machine.files, dir_fd)
-    undo = {}
+    sealed = {known.number for known in record.epochs}
+    opened: dict[Kind, dict[int, Log]] = {Kind.UNDO: {}, Kind.REDO: {}}
     for kind, number in logs:
-        log = Log.open(machine.files, dir_fd, kind, number, HASH_SEED) if kind is Kind.UNDO else None
+        wanted = kind is Kind.UNDO or number in sealed
+        log = Log.open(machine.files, dir_fd, kind, number, HASH_SEED) if wanted else None
         if log is not None:
             opening.callback(log.close)
-            undo[number] = log
-    pending = (known.number for known in record.epochs if (Kind.REDO, known.number) in logs)
-    return undo, min(pending, default=float("inf"))
+            opened[kind][number] = log
+    return opened[Kind.UNDO], opened[Kind.REDO]
 
 
 def _undo_is_true(oracle: Oracle, record: GroupRecord, there: dict[int, int], undo: dict[int, Log]) -> None:

@@ -1,8 +1,8 @@
 """One long story of a group, told through `Holding` as sessions and the applier would: it makes the states.
 
-A first full copy, epochs that go to the log, pending ones among them, early applies, one epoch that is given
-up, breaks in the middle, history that is pruned. Every step can be done again after an error, as a
-sender would. Not here: what must come of it (`checks.py`).
+A first full copy, epochs that go to the log, pending ones among them, early applies, epochs that are given up
+for another or because the one before is asked for, breaks in the middle, history that is pruned. Every step
+can be done again after an error, as a sender would. Not here: what must come of it (`checks.py`).
 """
 
 import random
@@ -92,24 +92,41 @@ PLOTS = (
     Plot(1, 0, breaks=1, steps=1),
     Plot(2, 1, steps=0),
     Plot(3, 2, breaks=1, early=True, seal=False),
-    Plot(4, 2, breaks=1, early=True),
-    Plot(5, 4),
+    Plot(4, 2, breaks=1, early=True, seal=False),
+    Plot(2, 1),
+    Plot(5, 2, breaks=1, early=True),
+    Plot(6, 5),
 )
+SHORT = (
+    Plot(0, None),
+    Plot(1, 0, steps=0),
+    Plot(2, 1, early=True, seal=False),
+    Plot(1, 0),
+)
+"""Everything that is done to a group is in it once: so that something can be done at every single call."""
 
 
 class Story:
     """What happens to a group. `steps` are done in order; each may be done again if it raised."""
 
-    def __init__(self, machine: Machine, told: Told, source: Source, rng: random.Random) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        told: Told,
+        source: Source,
+        rng: random.Random,
+        plots: Sequence[Plot] = PLOTS,
+    ) -> None:
         self._machine = machine
         self._told = told
         self._source = source
         self._rng = rng
+        self._plots = plots
 
     def steps(self) -> list[Callable[[], None]]:
         """What happens."""
         steps: list[Callable[[], None]] = []
-        for plot in PLOTS:
+        for plot in self._plots:
             steps += [partial(self.deliver, plot, whole=False)] * plot.breaks
             steps.append(partial(self.deliver, plot, whole=True))
             if plot.parent is not None and plot.seal:

@@ -31,7 +31,7 @@ def flips(folder: Path, seed: int, most: int, parts: Sequence[str] = PARTS) -> C
 
 @pytest.mark.timeout(0)
 def test_a_flipped_bit_is_never_served(in_memory: Path, seed: int, count: Callable[[int, int], int]) -> None:
-    seen = flips(in_memory / "story", seed, count(500, 100_000))
+    seen = flips(in_memory / "story", seed, count(2_000, 100_000))
     assert not seen["open header", "harmless"], seen
     for part in ("table", "payload"):  # all else is there twice: closed segments have an index
         assert not seen[part, "harmless"], seen

@@ -5,7 +5,7 @@ import errno
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,10 @@ from replicator.errors import ReplicatorError
 from tests.faults.chapters import Chapter, Chapters
 from tests.faults.checks import recovers
 from tests.faults.oracle import Oracle, Violation
+from tests.faults.story import PLOTS, SHORT
 from tests.faulty_files import FaultyFiles
 
 TRIES = 3
-SYNCS = frozenset({"fsync", "fdatasync"})
-"""After one of these failed, the power does not fail as well: see README.md, "What is left out"."""
 
 
 class Watched(FaultyFiles):
@@ -66,28 +65,24 @@ def with_error(chapters: Chapters, chapter: Chapter, kth: int, error: int) -> tu
         except ReplicatorError:
             if tried == TRIES - 1:
                 raise
-    if chapter.calls[kth - 1] in SYNCS:
-        files.let_go()
-    else:
-        files.power_cut()
+    files.power_cut()
     return path, oracle
 
 
+def places(chapters: Chapters, others: int) -> Iterator[tuple[Chapter, int, int]]:
+    """What fails: ENOSPC every call, EIO every sync and of the other calls every so many."""
+    calls = [(chapter, kth) for chapter in chapters.all for kth in range(1, len(chapter.calls) + 1)]
+    for number, (chapter, kth) in enumerate(calls):
+        yield chapter, kth, errno.ENOSPC
+        if chapter.calls[kth - 1] in ("fsync", "fdatasync") or number % others == 0:
+            yield chapter, kth, errno.EIO
+
+
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_nothing_is_lost_and_it_ends_the_same(
-    in_memory: Path, seed: int, count: Callable[[int, int], int], error: int
-) -> None:
-    chapters = Chapters(in_memory / "story", seed)
-    every = count(20, 1)
-    places = [
-        (chapter, kth)
-        for chapter in chapters.all
-        for kth, kind in enumerate(chapter.calls, 1)
-        if kind != "close"  # it has nothing to tell: what must be durable was synced
-    ]
+def test_whichever_call_fails_nothing_is_lost_and_it_ends_the_same(in_memory: Path, seed: int, count) -> None:
+    chapters = Chapters(in_memory / "story", seed, count(SHORT, PLOTS))
     kinds: Counter[str] = Counter()
-    for chapter, kth in places[seed % every :: every]:
+    for chapter, kth, error in places(chapters, count(24, 1)):
         where = f"story {seed:#x}, step {chapter.step}, call {kth}: {errno.errorcode[error]}"
         try:
             path, oracle = with_error(chapters, chapter, kth, error)
@@ -95,5 +90,5 @@ def test_nothing_is_lost_and_it_ends_the_same(
         except (AssertionError, OSError, ReplicatorError) as found:
             raise Violation(f"{where}: {type(found).__name__}: {found}") from found
         kinds[chapter.calls[kth - 1]] += 1
-    assert kinds["fdatasync"] and kinds["fsync"] and kinds["pwritev"], kinds
+    assert kinds["fdatasync"] and kinds["fsync"] and kinds["pwritev"] and kinds["close"], kinds
     print(f"{kinds.total()} calls failed: {dict(kinds)}")

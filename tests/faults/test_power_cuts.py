@@ -41,7 +41,7 @@ def power_cuts(folder: Path, seed: int, most: int, before: str = "") -> Counter[
 def test_whenever_the_power_fails_nothing_promised_is_lost(
     in_memory: Path, seed: int, count: Callable[[int, int], int]
 ) -> None:
-    wanted = count(1_200, 1_000_000)
+    wanted = count(2_000, 1_000_000)
     seen: Counter[str] = Counter()
     while seen.total() < wanted:
         number = seen.total() // PER_STORY

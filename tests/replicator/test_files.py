@@ -102,7 +102,7 @@ def test_replace_file_that_fails_at_any_step_leaves_old_or_new_and_can_be_repeat
     tmp_path: Path, dir_fd: int, error: int
 ) -> None:
     steps = 6
-    for kth in range(1, steps + 1):
+    for kth in {*range(1, steps + 1)} - {4}:  # the fourth closes, which has nothing to tell
         (tmp_path / "state").write_bytes(b"old")
         files = FaultyFiles()
         files.fail("any", kth, error)
@@ -113,6 +113,31 @@ def test_replace_file_that_fails_at_any_step_leaves_old_or_new_and_can_be_repeat
         replace_file(files, dir_fd, "state", b"again")
         files.let_go()
         assert (tmp_path / "state").read_bytes() == b"again"
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_close_that_fails_is_no_news_and_lets_the_descriptor_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    really_close = os.close
+
+    def failing_close(fd: int) -> None:
+        really_close(fd)
+        raise OSError(error, os.strerror(error))
+
+    fd = Files().open(tmp_path / "a", os.O_WRONLY | os.O_CREAT)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", failing_close)
+        Files().close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_a_descriptor_that_is_closed_twice_is_told_as_the_defect_that_it_is(tmp_path: Path) -> None:
+    fd = Files().open(tmp_path / "a", os.O_WRONLY | os.O_CREAT)
+    Files().close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        Files().close(fd)
 
 
 def test_descriptors_are_not_inherited_by_children(tmp_path: Path, dir_fd: int) -> None:

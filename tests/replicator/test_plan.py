@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from protocol.messages import NO_ID, Mode
-from replicator.plan import Action, Diverged, TargetState, choose_mode, decide
+from replicator.plan import Action, Diverged, TargetState, decide
 
 A, B, C, D = b"a" * 16, b"b" * 16, b"c" * 16, b"d" * 16
 FULL, RESYNC, INCREMENTAL, UP_TO_DATE = Action.FULL, Action.RESYNC, Action.INCREMENTAL, Action.UP_TO_DATE
@@ -19,7 +19,7 @@ def test_every_combination(
 ) -> None:
     """Epoch C is to be sent."""
     target = TargetState(sealed, under_way, mode, blank, clean)
-    chosen = choose_mode(C, parent, target)
+    chosen = decide(C, parent, target).mode
     if under_way == C:
         assert chosen is mode
     elif blank:
@@ -48,12 +48,12 @@ TABLE = {
 @pytest.mark.parametrize("case", TABLE)
 def test_what_operators_meet(case: str) -> None:
     parent, target, expected = TABLE[case]
-    assert choose_mode(C, parent, target) is expected
+    assert decide(C, parent, target).mode is expected
 
 
 def test_no_epoch_is_no_epoch_under_way() -> None:
     target = TargetState(under_way=NO_ID, under_way_mode=Mode.INCREMENTAL)
-    assert choose_mode(NO_ID, NO_ID, target) is Mode.RESYNC
+    assert decide(NO_ID, NO_ID, target).mode is Mode.RESYNC
 
 
 # ------------------------------------------------------------------ decisions and their reasons
@@ -158,9 +158,7 @@ def test_only_the_difference_to_what_is_there_is_taken(
     target = TargetState(sealed, under_way, Mode.RESYNC, blank, clean, history if sealed != NO_ID else ())
     decision = decide(epoch, parent, target)
     assert decision.why
-    assert choose_mode(epoch, parent, target).name == decision.action.name.replace(
-        "UP_TO_DATE", "INCREMENTAL"
-    )
+    assert decision.mode.name == decision.action.name.replace("UP_TO_DATE", "INCREMENTAL")
     if decision.action is INCREMENTAL:
         assert clean and not blank and parent == sealed != NO_ID
     if decision.action is UP_TO_DATE:

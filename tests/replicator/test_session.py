@@ -13,7 +13,7 @@ from protocol.messages import Ack, Bye, Digests, DigestsWanted, DiskCoverage, In
 from replicator.credit_pool import LARGEST_FRAME_BYTES
 from replicator.digest import BLOCK_BYTES
 from replicator.files import Files
-from tests.replicator.pipeline import EPOCH, MIB, Peer, Target, target, turns, until
+from tests.replicator.pipeline import EPOCH, MIB, Peer, Target, target, turns, until, with_raw_hash
 
 SIZE = 4 * MIB
 DISK = {"disk": SIZE}
@@ -132,6 +132,19 @@ async def test_a_frame_that_is_refused_gives_its_memory_back(tmp_path: Path) -> 
             assert here.receiver.parts.pool.taken == 0
 
 
+@pytest.mark.parametrize(("start", "length"), [(512, 65536), (0, 512), (65536, 65536 + 512)])
+async def test_a_damaged_frame_of_bounds_that_nobody_may_ask_for_is_refused(
+    tmp_path: Path, start: int, length: int
+) -> None:
+    async with target(tmp_path) as here:
+        control, data, opened = await here.session(here.site.process_server(), DISK)
+        frame = here.frame(opened, start, block(0)[:length])
+        seed = here.receiver.parts.seed
+        data.send_data(with_raw_hash(frame, frame.header.raw_hash ^ 1, seed))
+        assert (await control.refused()).code == "protocol.raw_hash"
+        await left(here)
+
+
 async def test_goodbye_at_any_time_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with target(tmp_path) as here:
@@ -144,6 +157,21 @@ async def test_goodbye_at_any_time_is_no_error(tmp_path: Path, caplog: pytest.Lo
         await left(here)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
     assert "link.lost" not in caplog.text
+
+
+async def test_what_an_epoch_has_to_say_and_why_is_told_once_a_session(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "replicator.session")
+    async with target(tmp_path) as here:
+        control, data, _ = await here.session(here.site.process_server(), DISK)
+        for peer in (data, control):
+            peer.send(Bye())
+            await peer.ended()
+        await left(here)
+    (told,) = (record for record in caplog.records if "the images are new and empty" in record.getMessage())
+    assert "full" in told.getMessage()
+    assert told.levelno == logging.INFO
 
 
 async def test_streams_may_come_and_go_as_long_as_they_are_not_too_many_at_once(tmp_path: Path) -> None:

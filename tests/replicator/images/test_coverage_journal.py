@@ -155,6 +155,21 @@ def test_an_append_that_fails_is_told_and_what_was_there_stays(
         assert found in (of(ENTRIES[:2]), of(ENTRIES))
 
 
+def test_what_is_found_after_a_sync_that_failed_survives_a_power_cut(tmp_path: Path, seed: int) -> None:
+    for number in range(20):
+        files = FaultyFiles(seed + number)
+        with PrivateDirectory(files, tmp_path / f"{number}").held() as held:
+            with closing(CoverageJournal.open(held, 5)) as journal:
+                journal.append(ENTRIES[:2])
+                files.fail("fdatasync", 1, errno.EIO)
+                with pytest.raises(TargetError):
+                    journal.append(ENTRIES[2:])
+            believed = covered(held)
+        files.power_cut()
+        with PrivateDirectory(Files(), tmp_path / f"{number}").held() as held:
+            assert covered(held) == believed, number
+
+
 def test_a_journal_that_cannot_be_opened_leaves_nothing_open(held: HeldDirectory) -> None:
     (held.path / journal_name(5)).mkdir()
     before = len(os.listdir("/proc/self/fd"))

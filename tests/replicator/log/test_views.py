@@ -58,13 +58,15 @@ def workers() -> Iterator[Workers]:
 class Chain:
     """A group, the history of its epochs, and what its disks held at each point; point 0 is the beginning.
 
-    ``logs``: undo logs, oldest first, each with the point that it leads back to.
+    ``logs``: undo logs, oldest first, each with the point that it leads back to. ``pending``: redo logs of
+    epochs that are not applied whole, oldest first, each with the point that it leads to.
     """
 
     def __init__(self, here: Group, models: Models, rng: random.Random) -> None:
         self.here = here
         self.points = {0: models}
         self.logs: list[tuple[int, Log]] = []
+        self.pending: list[tuple[int, Log]] = []
         self.generation = 0
         self._epoch = 0
         self._rng = rng
@@ -81,6 +83,30 @@ class Chain:
         self.points[newest + 1] = changed(self.points[newest], changes) if self.points[newest] else {}
         yield from self._apply(newest, changes)
         self.logs[-1][1].finish()
+
+    def seal(self) -> None:
+        """One more epoch and a point, of which nothing is applied."""
+        newest = max(self.points)
+        changes = random_epoch(self._rng)
+        self.points[newest + 1] = changed(self.points[newest], changes)
+        redo = self._redo(changes)
+        self.generation += 1
+        self.pending.append((newest + 1, redo))
+
+    def apply_pending(self) -> Iterator[None]:
+        """What was sealed is applied, a segment at a time."""
+        while self.pending:
+            point, redo = self.pending[0]
+            undo = self.here.log(Kind.UNDO, redo.epoch)
+            self._list([*self.logs, (point - 1, undo)])
+            for segment in redo.segments():
+                apply_segment(redo, segment, self.here.bases, undo, SEED)
+                yield
+            undo.finish()
+            self.generation += 1
+            del self.pending[0]
+            redo.close()
+            yield
 
     def give_up(self, changes: list[Change] | None = None) -> Iterator[None]:
         """An epoch is applied, and then undone."""
@@ -106,13 +132,17 @@ class Chain:
         yield
 
     def _apply(self, leads_to: int, changes: list[Change]) -> Iterator[None]:
-        self._epoch += 1
-        write_redo(self.here.dir_fd, self._epoch, changes, self._rng, segment_bytes=300 * KIB)
-        redo, undo = self.here.log(Kind.REDO, self._epoch), self.here.log(Kind.UNDO, self._epoch)
+        redo = self._redo(changes)
+        undo = self.here.log(Kind.UNDO, self._epoch)
         self._list([*self.logs, (leads_to, undo)])
         for segment in redo.segments():
             apply_segment(redo, segment, self.here.bases, undo, SEED)
             yield
+
+    def _redo(self, changes: list[Change]) -> Log:
+        self._epoch += 1
+        write_redo(self.here.dir_fd, self._epoch, changes, self._rng, segment_bytes=300 * KIB)
+        return self.here.log(Kind.REDO, self._epoch)
 
     def _list(self, logs: list[tuple[int, Log]]) -> None:
         self.generation += 1
@@ -123,6 +153,7 @@ class Chain:
         return Past(
             logs=lambda: [log for leads_to, log in self.logs if leads_to >= point],
             generation=lambda: self.generation,
+            redo=lambda: [log for leads_to, log in self.pending if leads_to <= point],
         )
 
 
@@ -300,22 +331,27 @@ def happenings(chain: Chain) -> Iterator[None]:
 
 
 async def read_while_it_happens(
-    chain: Chain, rng: random.Random, workers: Workers, past: Callable[[int], Past]
+    chain: Chain,
+    rng: random.Random,
+    workers: Workers,
+    rest: Iterator[None],
+    points: Sequence[int],
+    often: float = 0.5,
 ) -> None:
     """Reads views of points while their disks change; each read must be right."""
-    rest = happenings(chain)
     over = False
 
     def happen() -> None:
         nonlocal over
-        if rng.random() < 0.5:
+        if rng.random() < often:
             over = over or next(rest, rest) is rest
 
     seen = []
-    for point in (0, 2, 3):
+    for point in points:
         for disk in SIZES:
             base = Meddled(await raw(chain, workers, disk), happen, rng)
-            seen.append((point, disk, PointView(base, disk, f"{point}", past(point), workers, SEED)))
+            past = chain.past(point)
+            seen.append((point, disk, PointView(base, disk, f"{point}", past, workers, SEED)))
     while not over:
         point, disk, view = rng.choice(seen)
         content = chain.points[point][disk]
@@ -333,7 +369,46 @@ async def test_views_stay_what_they_are_whatever_happens_during_a_read(
 ) -> None:
     for number in range(count(3, 100)):
         with chain_of(tmp_path / f"{number}", rng, 3) as chain:
-            await read_while_it_happens(chain, rng, workers, chain.past)
+            await read_while_it_happens(chain, rng, workers, happenings(chain), (0, 2, 3))
+
+
+async def test_points_that_are_not_applied_are_read_from_their_redo_until_they_are(
+    tmp_path: Path, rng: random.Random, workers: Workers, count: Callable[[int, int], int]
+) -> None:
+    for number in range(count(2, 100)):
+        with chain_of(tmp_path / f"{number}", rng, 1) as chain:
+            chain.seal()
+            chain.seal()
+            await read_while_it_happens(chain, rng, workers, chain.apply_pending(), (1, 2, 3), 0.1)
+
+
+async def test_redo_that_is_applied_and_removed_during_a_read_is_not_missed(
+    tmp_path: Path, rng: random.Random, workers: Workers
+) -> None:
+    with chain_of(tmp_path, rng, 1) as chain:
+        chain.seal()
+        chain.seal()
+        rest, newest = chain.apply_pending(), max(chain.points)
+        while chain.pending:
+            for disk, content in chain.points[newest].items():
+                base = Meddled(await raw(chain, workers, disk), lambda: next(rest, None), rng, last=True)
+                view = PointView(base, disk, "newest", chain.past(newest), workers, SEED)
+                assert await read_some(view, [Extent(0, len(content))]) == content
+                await view.close()
+
+
+async def test_the_newest_point_is_right_before_anything_of_it_is_applied(
+    tmp_path: Path, rng: random.Random, workers: Workers
+) -> None:
+    with chain_of(tmp_path, rng, 1) as chain:
+        chain.seal()
+        chain.seal()
+        for point, models in chain.points.items():
+            for disk, content in models.items():
+                base = await raw(chain, workers, disk)
+                view = PointView(base, disk, f"{point}", chain.past(point), workers, SEED)
+                await check_whole(view, content)
+                await view.close()
 
 
 @pytest.mark.parametrize("blind", [False, True])
@@ -368,21 +443,27 @@ async def test_a_view_that_does_not_look_again_after_a_read_is_caught(
         await view.close()
 
 
+@pytest.mark.parametrize("pending", [False, True])
 async def test_views_are_right_while_another_thread_applies(
-    tmp_path: Path, rng: random.Random, workers: Workers
+    tmp_path: Path, rng: random.Random, workers: Workers, pending: bool
 ) -> None:
     with chain_of(tmp_path, rng, 3) as chain:
-        rest = happenings(chain)
+        rest, newest = happenings(chain), 2
+        if pending:
+            chain.seal()
+            chain.seal()
+            rest, newest = chain.apply_pending(), 5
 
         async def apply_all() -> None:
             while await workers.run(next, rest, rest) is not rest:
                 pass
 
         applying = asyncio.create_task(apply_all())
-        content = chain.points[2]
+        content = chain.points[newest]
         opened = {disk: await raw(chain, workers, disk) for disk in SIZES}
         seen = {
-            disk: PointView(base, disk, "2", chain.past(2), workers, SEED) for disk, base in opened.items()
+            disk: PointView(base, disk, "p", chain.past(newest), workers, SEED)
+            for disk, base in opened.items()
         }
         reads = 0
         while not applying.done():
@@ -391,7 +472,7 @@ async def test_views_are_right_while_another_thread_applies(
             assert await read_some(seen[disk], extents) == expected(content[disk], extents)
             reads += 1
         await applying
-        assert reads > 10
+        assert reads > (1 if pending else 10)
         for view in seen.values():
             await view.close()
 
