@@ -9,18 +9,21 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 ARGS ?=
 LOCK_ARGS ?=
+PREFIX ?= /opt/replicator
+DESTDIR ?=
 
 # Named after what was installed and where: the same files again cost nothing, a changed pin or a
 # moved checkout installs again.
 STAMP := $(VENV)/.stamp-$(shell { pwd; cat requirements/dev.txt pyproject.toml; } | sha256sum | cut -c1-16)
 BENCH_STAMP := $(VENV)/.stamp-bench-$(shell sha256sum <requirements/bench.txt | cut -c1-16)
+NPM_BIN := .peers/node_modules/.bin
 CODE := $(wildcard protocol replicator agents bench tests)
 PYTEST := $(BIN)/python -m pytest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_COMPILE = env -u PIP_FIND_LINKS $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-header --no-emit-index-url --no-emit-find-links --no-emit-trusted-host $(LOCK_ARGS)
 
-.PHONY: help setup peers demo test test-unit test-release lint bench docs lock clean
+.PHONY: help setup peers demo test test-unit test-release lint bench docs lock install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -45,9 +48,9 @@ $(STAMP):
 peers: ## check for the programs the tests talk to; as root, install what is missing
 	@.ci/peers
 
-demo: setup ## every role on this machine, ending with a verified VMDK (ARGS="--json" for a script)
-	@.ci/peers --optional
-	@$(BIN)/replicator demo $(ARGS)
+demo: setup ## every role on this machine, ending with a verified VMDK (ARGS="--json", ARGS="--azure")
+	@.ci/peers --optional $(filter --azure,$(ARGS))
+	@PATH="$(CURDIR)/$(NPM_BIN):$$PATH" $(BIN)/replicator demo $(ARGS)
 
 test: setup peers ## the whole suite, sized for every run (ARGS="tests/house -k layers" for a part)
 	$(PYTEST) -n $(JOBS) --dist loadfile --durations=15 --durations-min=1 $(ARGS)
@@ -79,6 +82,10 @@ lock: setup ## compile requirements/*.in to pins with hashes (LOCK_ARGS=--upgrad
 	$(PIP_COMPILE) --output-file requirements/runtime.txt requirements/runtime.in
 	$(PIP_COMPILE) --output-file requirements/dev.txt requirements/dev.in
 	$(PIP_COMPILE) --output-file requirements/bench.txt requirements/bench.in
+	cd requirements/npm && npm install --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-fund --no-audit
+
+install: setup ## a venv of its own in PREFIX (/opt/replicator), systemd units, samples; DESTDIR for packages
+	@.ci/install "$(DESTDIR)" "$(PREFIX)" "$(PYTHON)" "$(BIN)"
 
 clean: ## remove environments, fetched parts, caches and build leftovers
 	rm -rf $(VENV) .peers .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

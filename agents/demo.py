@@ -12,10 +12,10 @@ import time
 from asyncio import create_subprocess_exec, timeout
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.demo_disk import change_disk, finished, make_disk
 from replicator.errors import Interrupted, PeerError, ReplicatorError, TargetError
@@ -24,6 +24,9 @@ from replicator.formats.vmdk import DESCRIPTOR_MAX_BYTES, parse
 from replicator.sources.raw import RawSource
 from replicator.verify import content_digest
 from replicator.workers import Workers
+
+if TYPE_CHECKING:
+    from agents.demo_azure import DemoBlob
 
 START_S = 20.0
 STOP_S = 10.0
@@ -42,6 +45,7 @@ class DemoReport:
         verified: source and VMDK hold the same bytes, by digest and (if it is there) by qemu-img.
         digest: SHA-256 of the source's content, as ``verify.content_digest`` makes it.
         qemu_img: ``identical``, ``different``, or ``not installed``.
+        way_back: with Azure: whether the VMDK, written back to a page blob, is ``identical``; else empty.
         vmdk: the VMDK's path.
         seconds: of everything.
     """
@@ -52,17 +56,32 @@ class DemoReport:
     verified: bool
     digest: str
     qemu_img: str
+    way_back: str
     vmdk: str
     seconds: float
 
 
-async def demonstrate(source: Path | None, directory: Path | None, say: Callable[[str], None]) -> DemoReport:
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What all sends have in common. ``environment``: what theirs has besides ours."""
+
+    source: str
+    directory: Path
+    address: str
+    token: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+async def demonstrate(
+    source: Path | None, directory: Path | None, say: Callable[[str], None], *, azure: bool = False
+) -> DemoReport:
     """Run it all.
 
     Args:
         source: a disk of the user's, only read; None makes one of real files.
         directory: where the VMDK shall lie, made if missing; None: a new temporary one, which is kept.
         say: takes a line that tells what happens now.
+        azure: the disk lies in a page blob of an emulator; it goes home and back again. Without ``source``.
 
     Raises:
         ReplicatorError: what the commands say, or what stood in the way of the demonstration.
@@ -74,29 +93,40 @@ async def demonstrate(source: Path | None, directory: Path | None, say: Callable
         if source is None:
             say("making a disk: ext4 with real files")
             source = await make_disk(directory, workers)
-        async with _receiving(directory) as (address, token):
+        async with AsyncExitStack() as opened:
+            blob = await opened.enter_async_context(_in_azurite(source, workers, say)) if azure else None
+            address, token = await opened.enter_async_context(_receiving(directory))
             say(f"receiving on {address} into {directory}")
-            say(f"sending {source}, and killing the sender in the middle")
-            killed = await _send(source, directory, address, token, failpoint=KILLED_AT)
+            link = _Link(str(blob.address) if blob else str(source), directory, address, token)
+            link.environment.update(_credentials(blob))
+            say(f"sending {link.source}, and killing the sender in the middle")
+            killed = await _send(link, failpoint=KILLED_AT)
             steps = [] if killed is None else [killed]
             say("sending again: it goes on where it was" if killed is None else "sending again")
-            steps += [await _sent(source, directory, address, token)]
+            steps += [await _sent(link)]
             if own:
                 say("changing files on the disk")
                 await change_disk(source, workers)
+                if blob is not None:
+                    await blob.follow()
             say("sending the difference")
-            steps += [await _sent(source, directory, address, token)]
+            steps += [await _sent(link)]
+            vmdk = directory / steps[-1]["vmdk"]
+            back = ""
+            if blob is not None:
+                say("writing the VMDK back to a page blob")
+                back = await blob.bring_back(vmdk, directory / ".way-back")
         say("comparing source and VMDK")
-        vmdk = directory / steps[-1]["vmdk"]
         ours, theirs = [await _digest(path, workers) for path in (source, await workers.run(_flat_of, vmdk))]
     qemu_img = await _qemu_img_says(source, vmdk)
     return DemoReport(
         source=str(source),
         steps=steps,
         kills=int(killed is None),
-        verified=ours == theirs and qemu_img != "different",
+        verified=ours == theirs and qemu_img != "different" and back in ("", ours),
         digest=ours,
         qemu_img=qemu_img,
+        way_back=back and ("identical" if back == ours else "different"),
         vmdk=str(vmdk),
         seconds=round(time.monotonic() - began, 3),
     )
@@ -118,6 +148,21 @@ def _make_directory(directory: Path | None) -> Path:
             fix="give another directory with --dir",
         ) from None
     return directory
+
+
+@asynccontextmanager
+async def _in_azurite(image: Path, workers: Workers, say: Callable[[str], None]) -> AsyncIterator[DemoBlob]:
+    """The image in a page blob."""
+    from agents.demo_azure import in_azurite  # the SDK costs half a second
+
+    say("starting Azurite, and writing the disk to a page blob")
+    async with in_azurite(image, workers) as blob:
+        await blob.follow()
+        yield blob
+
+
+def _credentials(blob: DemoBlob | None) -> dict[str, str]:
+    return {} if blob is None else {"AZURE_STORAGE_CONNECTION_STRING": blob.connection_string}
 
 
 @asynccontextmanager
@@ -144,9 +189,9 @@ async def _line(process: Process) -> bytes:
     return await process.stdout.readline() if process.stdout else b""
 
 
-async def _sent(source: Path, directory: Path, address: str, token: str) -> dict[str, Any]:
+async def _sent(link: _Link) -> dict[str, Any]:
     """What a send reported that nobody killed."""
-    report = await _send(source, directory, address, token)
+    report = await _send(link)
     if report is None:
         raise PeerError(
             "demo.no_answer",
@@ -157,18 +202,16 @@ async def _sent(source: Path, directory: Path, address: str, token: str) -> dict
     return report
 
 
-async def _send(
-    source: Path, directory: Path, address: str, token: str, failpoint: str = ""
-) -> dict[str, Any] | None:
+async def _send(link: _Link, failpoint: str = "") -> dict[str, Any] | None:
     """``replicator send`` as a process, its token by stdin, not by argument. None: it was killed."""
-    state = directory / ".process-server"
+    state = link.directory / ".process-server"
     process = await create_subprocess_exec(
-        *COMMAND, "send", str(source), "--to", address, "--token-file", "-", "--state", str(state),
+        *COMMAND, "send", link.source, "--to", link.address, "--token-file", "-", "--state", str(state),
         "--give-up-after", "60", "--json",
-        stdin=PIPE, stdout=PIPE, env=os.environ | {"FAILPOINT": failpoint},
+        stdin=PIPE, stdout=PIPE, env=os.environ | link.environment | {"FAILPOINT": failpoint},
     )  # fmt: skip
     try:
-        output, _ = await process.communicate(token.encode())
+        output, _ = await process.communicate(link.token.encode())
     finally:
         if process.returncode is None:
             process.terminate()

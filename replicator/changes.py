@@ -33,7 +33,8 @@ class Changes:
 
     Attributes:
         since: the id of the epoch that was sealed before.
-        disks: by name, the blocks of ``BLOCK_BYTES`` that hold changed extents, neighbours joined, sorted.
+        disks: by name, the blocks of ``BLOCK_BYTES`` that hold changed extents, neighbours joined, sorted. A
+            disk that is not there may have changed anywhere.
     """
 
     since: bytes

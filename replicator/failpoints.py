@@ -61,6 +61,16 @@ NAMES = frozenset(
         "apply.base_written",
         "apply.base_synced",
         "apply.dropped",
+        "back.before_begin",
+        "back.begun",
+        "back.before_seal",
+        "back.sealed",
+        "desired.before_keep",
+        "desired.kept",
+        "snapshot.before_take",
+        "snapshot.taken",
+        "snapshot.before_delete",
+        "snapshot.deleted",
     }
 )
 

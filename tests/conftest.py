@@ -5,6 +5,7 @@ Environment: `REPLICATOR_RELEASE=1` picks the release figures, `REPLICATOR_SEED=
 """
 
 import asyncio
+import json
 import os
 import secrets
 import shutil
@@ -24,11 +25,14 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_FILE = ROOT / "requirements" / "peers.txt"
+NPM_PEERS_FILE = ROOT / "requirements" / "npm" / "package.json"
 RELEASE = os.environ.get("REPLICATOR_RELEASE", "") not in ("", "0")
 SEED_VARIABLE = "REPLICATOR_SEED"
 
-# Debian keeps mkfs and losetup here, and leaves it out of the PATH of ordinary users.
-for folder in ("/usr/sbin", "/sbin"):
+# Debian keeps mkfs and losetup here, and leaves it out of the PATH of ordinary users; npm's go below .peers.
+# PostgreSQL's programs are not on anyone's PATH.
+POSTGRESQL = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
+for folder in ("/usr/sbin", "/sbin", str(ROOT / ".peers" / "node_modules" / ".bin"), *POSTGRESQL):
     if folder not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] += os.pathsep + folder
 
@@ -103,6 +107,8 @@ def why_missing(program: str) -> str | None:
     """None where the program is there, else one line that says how to get it."""
     if shutil.which(program):
         return None
+    if program in json.loads(NPM_PEERS_FILE.read_text())["dependencies"]:
+        return f"needs {program}, which is not here: make peers"
     package = peer_packages().get(program)
     if package is None:
         return f"needs {program}, which is not here and not in requirements/peers.txt: add it there"

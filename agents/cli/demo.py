@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agents.cli.output import DONE, FAILED, document, in_units, say
+from replicator.errors import UsageError
 
 if TYPE_CHECKING:
     from agents.demo import DemoReport
@@ -25,13 +26,23 @@ def demo(
             "--dir", readable=False, help="Where the VMDK shall lie. Default: a new one below /var/tmp."
         ),
     ] = None,
+    azure: Annotated[
+        bool, typer.Option("--azure", help="The disk lies in a page blob of Azurite; it goes home and back.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
     """Send a disk to a master target here, be killed, go on, send the difference, prove the VMDK."""
     from agents.demo import demonstrate
     from agents.lifecycle import run
 
-    report = run(demonstrate(source, directory, say))
+    if azure and source is not None:
+        raise UsageError(
+            "usage.demo",
+            "--azure and --source were both given",
+            cause="with --azure the demonstration changes the disk, so it makes its own",
+            fix="leave one of them out",
+        )
+    report = run(demonstrate(source, directory, say, azure=azure))
     if as_json:
         document(asdict(report))
     else:
@@ -55,4 +66,6 @@ def _table(report: DemoReport) -> None:
     console.print(table)
     console.print(f"SHA-256   {report.digest}", soft_wrap=True)
     console.print(f"qemu-img  {report.qemu_img}", soft_wrap=True)
+    if report.way_back:
+        console.print(f"way back  {report.way_back}", soft_wrap=True)
     console.print(f"VMDK      {report.vmdk}", soft_wrap=True)

@@ -19,20 +19,29 @@ from protocol.constants import NAME_MAX_BYTES
 from replicator.errors import UsageError
 
 if TYPE_CHECKING:
-    from agents.process_server import DiskConfig, SendConfig, SendReport
+    from agents.send_config import DiskConfig, SendConfig, SendReport
 
 TOKEN_FILE_MAX_BYTES = 4096
 
 # readable=False, here and elsewhere: whether a path can be used is ours to say, with cause and fix.
 Sources = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
-        readable=False, metavar="SOURCE...", help="Raw disk file, block device or flat VMDK; only read."
+        metavar="SOURCE...",
+        help="Raw disk file, block device, flat VMDK, azure://ACCOUNT/CONTAINER/BLOB or "
+        "azure-disk://SUBSCRIPTION/GROUP/DISK; only read.",
     ),
 ]
 ChangedExtents = Annotated[
     Path | None,
     typer.Option(readable=False, help="JSON list of what changed since the last epoch: only that is read."),
+]
+AzureCredentials = Annotated[
+    Path | None,
+    typer.Option(
+        readable=False,
+        help="File with a connection string or a SAS, read again before it ends. Default: the environment's.",
+    ),
 ]
 
 
@@ -73,6 +82,10 @@ def send(  # noqa: PLR0913, PLR0917 - one parameter an option
         float | None, typer.Option(min=0, help="Send again and again, so many seconds after each end.")
     ] = None,
     changed_extents: ChangedExtents = None,
+    azure_credentials: AzureCredentials = None,
+    azure_diff: Annotated[
+        bool, typer.Option(help="Believe Azure on what changed, or compare its lists of pages.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document, or one a cycle.")] = False,
 ) -> None:
     """Send disks to a master target: whole at first, the difference after. Safe to interrupt and repeat.
@@ -80,7 +93,7 @@ def send(  # noqa: PLR0913, PLR0917 - one parameter an option
     Several disks make a group: they are sent together, and have their recovery points in common.
     """
     from agents.lifecycle import run
-    from agents.process_server import SendConfig
+    from agents.send_config import AzureConfig, SendConfig
     from replicator.transport.dial import Address
 
     disks = _disks(sources, disk or [])
@@ -95,6 +108,7 @@ def send(  # noqa: PLR0913, PLR0917 - one parameter an option
         quiesced=quiesced,
         give_up_after_s=give_up_after,
         changed_extents=changed_extents,
+        azure=AzureConfig(azure_credentials, azure_diff),
     )
     run(_cycles(config, watch, as_json))
 
@@ -131,9 +145,9 @@ def default_state() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "replicator"
 
 
-def _disks(sources: Sequence[Path], names: Sequence[str]) -> tuple[DiskConfig, ...]:
+def _disks(sources: Sequence[str], names: Sequence[str]) -> tuple[DiskConfig, ...]:
     """The disks to send, each with its name at the target."""
-    from agents.process_server import DiskConfig
+    from agents.send_config import DiskConfig, in_azure
 
     if names and len(names) != len(sources):
         raise UsageError(
@@ -153,6 +167,13 @@ def _disks(sources: Sequence[Path], names: Sequence[str]) -> tuple[DiskConfig, .
             cause="their files have the same name, or --disk was given the same one twice",
             fix="give each disk its own name with --disk",
         )
+    if len({in_azure(source) for source in sources}) > 1:
+        raise UsageError(
+            "usage.sources",
+            "some of the sources are in Azure and some are here",
+            cause="a group is read at one moment, by snapshots in Azure or from what is at rest here",
+            fix="send them as two groups",
+        )
     files = Counter(_identity(source) for source in sources)
     same = next((source for source in sources if files[_identity(source)] > 1), None)
     if same is not None:
@@ -165,15 +186,16 @@ def _disks(sources: Sequence[Path], names: Sequence[str]) -> tuple[DiskConfig, .
     return disks
 
 
-def _name(source: Path) -> str:
+def _name(source: str) -> str:
     """The name that a disk has if none is given: its file's, without what follows the first dot."""
-    return source.name.partition(".")[0] or source.name
+    name = Path(source).name
+    return name.partition(".")[0] or name
 
 
-def _identity(source: Path) -> tuple[int, int] | Path:
+def _identity(source: str) -> tuple[int, int] | str:
     """What two names of one disk have in common."""
     try:
-        found = source.stat()
+        found = os.stat(source)
     except (OSError, ValueError):  # what is wrong with it is told when it is opened
         return source
     return (found.st_rdev, -1) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)

@@ -31,6 +31,18 @@ class Kind(Protocol):
 
     sector: int
 
+    def make(self, files: Files, size: int) -> Image: ...
+
+    def reopen(self, files: Files) -> Image: ...
+
+    def content(self, size: int) -> bytes:
+        """What the medium holds, read by other means than the image's."""
+        ...
+
+
+class FileKind(Kind, Protocol):
+    """One that lies in a file or device, behind the I/O seam."""
+
     @property
     def path(self) -> Path: ...
 
@@ -189,8 +201,8 @@ def is_direct(fd: int) -> bool:
 # ------------------------------------------------------------------ the suite
 
 
-class Conformance:
-    """Collected through a subclass that has a fixture ``kind``."""
+class ImageConformance:
+    """What every image must do. Collected through a subclass that has a fixture ``kind``."""
 
     @pytest.fixture
     def rng(self, seed: int) -> random.Random:
@@ -201,14 +213,14 @@ class Conformance:
         return 3 * MIB + kind.sector
 
     @pytest.fixture
-    def image(self, kind: Kind, size: int) -> Iterator[FileImage]:
+    def image(self, kind: Kind, size: int) -> Iterator[Image]:
         image = kind.make(Files(), size)
         yield image
         image.close()
 
     def check(self, kind: Kind, image: Image, model: bytearray) -> None:
         image.sync()
-        assert first_difference(read_back(kind.path, len(model)), model) is None
+        assert first_difference(kind.content(len(model)), model) is None
 
     @pytest.mark.parametrize("sectors", [1, 7, 513, 3 * 2048 + 1])
     def test_any_size_is_written_whole(self, kind: Kind, sectors: int, rng: random.Random) -> None:
@@ -219,7 +231,7 @@ class Conformance:
 
     @pytest.mark.parametrize("longest", [8 * SECTOR, 200 * SECTOR, MIB])
     def test_random_extents_end_up_as_in_the_model(
-        self, kind: Kind, image: FileImage, size: int, rng: random.Random, longest: int
+        self, kind: Kind, image: Image, size: int, rng: random.Random, longest: int
     ) -> None:
         model = fill(image, rng)
         for _ in range(12):
@@ -227,7 +239,7 @@ class Conformance:
         self.check(kind, image, model)
 
     def test_memory_that_is_not_aligned_is_written_as_well(
-        self, kind: Kind, image: FileImage, size: int, rng: random.Random
+        self, kind: Kind, image: Image, size: int, rng: random.Random
     ) -> None:
         model = fill(image, rng)
         data = rng.randbytes(2 * MIB)
@@ -239,7 +251,7 @@ class Conformance:
         self.check(kind, image, model)
 
     def test_zeros_over_data_are_zeros_and_the_neighbours_stay(
-        self, kind: Kind, image: FileImage, size: int, rng: random.Random
+        self, kind: Kind, image: Image, size: int, rng: random.Random
     ) -> None:
         model = fill(image, rng)
         for offset, length in ((0, SECTOR), (7 * SECTOR, 9 * SECTOR), (MIB - SECTOR, MIB + 2 * SECTOR)):
@@ -250,7 +262,7 @@ class Conformance:
         self.check(kind, image, model)
 
     def test_a_new_image_reads_as_zeros_where_nothing_was_written(
-        self, kind: Kind, image: FileImage, size: int, rng: random.Random
+        self, kind: Kind, image: Image, size: int, rng: random.Random
     ) -> None:
         if not image.blank:
             return  # a device holds what it held
@@ -259,7 +271,7 @@ class Conformance:
         self.check(kind, image, model)
 
     def test_what_is_synced_is_there_after_opening_it_again(
-        self, kind: Kind, image: FileImage, size: int, rng: random.Random
+        self, kind: Kind, image: Image, size: int, rng: random.Random
     ) -> None:
         model = fill(image, rng)
         image.close()
@@ -270,11 +282,11 @@ class Conformance:
         again.close()
 
     def test_neighbours_written_by_many_threads_at_once_lose_nothing(
-        self, kind: Kind, image: FileImage, rng: random.Random, count: Callable[[int, int], int]
+        self, kind: Kind, image: Image, rng: random.Random, count: Callable[[int, int], int]
     ) -> None:
         threads, rounds = 6, count(6, 200)
         model = fill(image, rng)
-        assert image.direct  # otherwise half of this test is not there
+        assert getattr(image, "direct", True)  # otherwise half of this test is not there
         for round_number in range(rounds):
             owned = owners(rng, image.size_bytes, threads)
             seeds = [rng.randbytes(8) for _ in owned]
@@ -298,10 +310,51 @@ class Conformance:
                     for extent, data in written:
                         model[extent.offset : extent.end] = data
             image.sync()
-            found = first_difference(read_back(kind.path, len(model)), model)
+            found = first_difference(kind.content(len(model)), model)
             assert found is None, f"round {round_number}: {found}"
 
-    def test_short_writes_are_finished(self, kind: Kind, size: int, rng: random.Random) -> None:
+    @pytest.mark.parametrize("longest", [SECTOR, 8 * SECTOR, 200 * SECTOR, MIB])
+    @pytest.mark.parametrize("lead", [0, SECTOR, 1])
+    def test_extents_are_read_as_they_were_written(
+        self, image: Image, size: int, rng: random.Random, longest: int, lead: int
+    ) -> None:
+        model = fill(image, rng)
+        for _ in range(12):
+            extents = random_extents(rng, size, longest)
+            assert read_extents(image, extents, lead) == wanted(model, extents)
+
+    def test_what_was_written_just_now_is_read(self, image: Image, size: int, rng: random.Random) -> None:
+        model = fill(image, rng)
+        for _ in range(12):
+            put(image, model, random_extents(rng, size, 300 * SECTOR), rng)
+            extents = random_extents(rng, size, 300 * SECTOR)
+            assert read_extents(image, extents) == wanted(model, extents)
+
+    def test_a_read_beyond_the_end_or_of_another_length_is_our_own_mistake(
+        self, image: Image, size: int
+    ) -> None:
+        for extents, length in (([Extent(size, SECTOR)], SECTOR), ([Extent(0, SECTOR)], 2 * SECTOR)):
+            with pytest.raises(ValueError, match="do not fit"):
+                image.read_into(extents, aligned(bytes(length)))
+
+    def test_a_write_beyond_the_end_is_our_own_mistake_and_changes_nothing(
+        self, kind: Kind, image: Image, size: int, rng: random.Random
+    ) -> None:
+        model = fill(image, rng)
+        for extents, length in (
+            ([Extent(size, SECTOR)], SECTOR),
+            ([Extent(0, SECTOR)], 2 * SECTOR),
+            ([Extent(size, SECTOR, True)], 0),
+        ):
+            with pytest.raises(ValueError, match="do not fit"):
+                image.write(extents, aligned(bytes(length)))
+        self.check(kind, image, model)
+
+
+class FileConformance(ImageConformance):
+    """What images in files and devices must do besides: how the file system fails them, and O_DIRECT."""
+
+    def test_short_writes_are_finished(self, kind: FileKind, size: int, rng: random.Random) -> None:
         kind.make(Files(), size).close()
         image = kind.reopen(ShortWrites(rng))
         model = fill(image, rng)
@@ -309,24 +362,7 @@ class Conformance:
         self.check(kind, image, model)
         image.close()
 
-    @pytest.mark.parametrize("longest", [SECTOR, 8 * SECTOR, 200 * SECTOR, MIB])
-    @pytest.mark.parametrize("lead", [0, SECTOR, 1])
-    def test_extents_are_read_as_they_were_written(
-        self, image: FileImage, size: int, rng: random.Random, longest: int, lead: int
-    ) -> None:
-        model = fill(image, rng)
-        for _ in range(12):
-            extents = random_extents(rng, size, longest)
-            assert read_extents(image, extents, lead) == wanted(model, extents)
-
-    def test_what_was_written_just_now_is_read(self, image: FileImage, size: int, rng: random.Random) -> None:
-        model = fill(image, rng)
-        for _ in range(12):
-            put(image, model, random_extents(rng, size, 300 * SECTOR), rng)
-            extents = random_extents(rng, size, 300 * SECTOR)
-            assert read_extents(image, extents) == wanted(model, extents)
-
-    def test_short_reads_are_finished(self, kind: Kind, size: int, rng: random.Random) -> None:
+    def test_short_reads_are_finished(self, kind: FileKind, size: int, rng: random.Random) -> None:
         image = kind.make(Files(), size)
         model = fill(image, rng)
         image.close()
@@ -337,7 +373,7 @@ class Conformance:
         image.close()
 
     def test_where_nothing_is_read_past_the_cache_it_says_so_and_goes_on(
-        self, kind: Kind, size: int, rng: random.Random
+        self, kind: FileKind, size: int, rng: random.Random
     ) -> None:
         image = kind.make(Files(), size)
         model = fill(image, rng)
@@ -348,7 +384,7 @@ class Conformance:
         image.close()
 
     @pytest.mark.parametrize("call", ["preadv", "preadv_direct"])
-    def test_a_failed_read_names_the_image(self, kind: Kind, size: int, call: str) -> None:
+    def test_a_failed_read_names_the_image(self, kind: FileKind, size: int, call: str) -> None:
         kind.make(Files(), size).close()
         files = Refusing()
         image = kind.reopen(files)
@@ -358,16 +394,9 @@ class Conformance:
         assert caught.value.code == "target.read_failed"
         image.close()
 
-    def test_a_read_beyond_the_end_or_of_another_length_is_our_own_mistake(
-        self, image: FileImage, size: int
-    ) -> None:
-        for extents, length in (([Extent(size, SECTOR)], SECTOR), ([Extent(0, SECTOR)], 2 * SECTOR)):
-            with pytest.raises(ValueError, match="do not fit"):
-                image.read_into(extents, aligned(bytes(length)))
-
     @pytest.mark.parametrize("where", ["open_direct", "pwrite_direct"])
     def test_without_direct_io_it_says_so_once_and_goes_on(
-        self, kind: Kind, size: int, rng: random.Random, where: str, caplog: pytest.LogCaptureFixture
+        self, kind: FileKind, size: int, rng: random.Random, where: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         kind.make(Files(), size).close()
         files = Refusing(**{where: errno.EINVAL})
@@ -382,7 +411,7 @@ class Conformance:
         image.close()
 
     def test_where_nothing_can_zero_a_range_zeros_are_written(
-        self, kind: Kind, size: int, rng: random.Random
+        self, kind: FileKind, size: int, rng: random.Random
     ) -> None:
         kind.make(Files(), size).close()
         image = kind.reopen(Refusing(fallocate=errno.EOPNOTSUPP, zero_device=errno.ENOTTY))
@@ -402,7 +431,7 @@ class Conformance:
     )
     @pytest.mark.parametrize("call", ["pwrite", "pwrite_direct", "zero"])
     def test_an_error_names_image_and_place(
-        self, kind: Kind, size: int, number: int, leaf: type[Exception], code: str, call: str
+        self, kind: FileKind, size: int, number: int, leaf: type[Exception], code: str, call: str
     ) -> None:
         kind.make(Files(), size).close()
         zeroing = {"fallocate": number, "zero_device": number}
@@ -415,7 +444,9 @@ class Conformance:
         assert f"{image.name} at byte {MIB}" in str(caught.value)
         image.close()
 
-    def test_after_a_failed_sync_nothing_is_written_or_synced_any_more(self, kind: Kind, size: int) -> None:
+    def test_after_a_failed_sync_nothing_is_written_or_synced_any_more(
+        self, kind: FileKind, size: int
+    ) -> None:
         kind.make(Files(), size).close()
         files = Refusing(fdatasync=errno.EIO)
         image = kind.reopen(files)
@@ -432,20 +463,7 @@ class Conformance:
         assert files.calls == ["open_direct", "fdatasync"]
         image.close()
 
-    def test_a_write_beyond_the_end_is_our_own_mistake_and_changes_nothing(
-        self, kind: Kind, image: FileImage, size: int, rng: random.Random
-    ) -> None:
-        model = fill(image, rng)
-        for extents, length in (
-            ([Extent(size, SECTOR)], SECTOR),
-            ([Extent(0, SECTOR)], 2 * SECTOR),
-            ([Extent(size, SECTOR, True)], 0),
-        ):
-            with pytest.raises(ValueError, match="do not fit"):
-                image.write(extents, aligned(bytes(length)))
-        self.check(kind, image, model)
-
-    def test_closing_twice_is_fine_and_ends_it(self, kind: Kind, size: int) -> None:
+    def test_closing_twice_is_fine_and_ends_it(self, kind: FileKind, size: int) -> None:
         image = kind.make(Files(), size)
         before = len(os.listdir("/proc/self/fd"))
         image.close()

@@ -13,7 +13,7 @@ from replicator.formats.vmdk import CreateType
 from replicator.images.device import RawImage
 from replicator.images.flat_vmdk import FlatVmdk
 from replicator.images.writer import FileImage
-from tests.replicator.images.conformance import Conformance, Kind
+from tests.replicator.images.conformance import FileConformance, FileKind, read_back
 
 
 @dataclass
@@ -42,6 +42,9 @@ class Vmdk:
     def reopen(self, files: Files) -> FlatVmdk:
         return FlatVmdk.open_published(files, self.dir_fd, "disk")
 
+    def content(self, size: int) -> bytes:
+        return read_back(self.path, size)
+
 
 @dataclass
 class RawFile:
@@ -57,6 +60,9 @@ class RawFile:
 
     def reopen(self, files: Files) -> RawImage:
         return RawImage.open(files, self.path)
+
+    def content(self, size: int) -> bytes:
+        return read_back(self.path, size)
 
 
 @dataclass
@@ -74,6 +80,9 @@ class Device:
     def reopen(self, files: Files) -> RawImage:
         return RawImage.open(files, self.path)
 
+    def content(self, size: int) -> bytes:
+        return read_back(self.path, size)
+
 
 MOUNTED_BYTES = 400 << 20  # mkfs.xfs wants 300 MiB
 LOOP = pytest.mark.peer("losetup")
@@ -89,9 +98,9 @@ KINDS = [
 ]
 
 
-class TestImages(Conformance):
+class TestImages(FileConformance):
     @pytest.fixture(params=KINDS)
-    def kind(self, request: pytest.FixtureRequest, folder: Path) -> Iterator[Kind]:
+    def kind(self, request: pytest.FixtureRequest, folder: Path) -> Iterator[FileKind]:
         with ExitStack() as undo:
             match request.param.split():
                 case ["raw", "file"]:

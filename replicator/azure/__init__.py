@@ -1,0 +1,1 @@
+"""Azure: blobs, disks and machines, through Azure's own SDKs."""
