@@ -189,11 +189,15 @@ def _blank(
     before: Held, cover: Interval, intervals: Sequence[Interval]
 ) -> tuple[dict[int, bytes], list[Interval]]:
     """What of a window's intervals is zero at the target, as digests of 4 KiB, by block; and the rest."""
-    zeros = zero_row(cover, before.size, before.seed)
-    data = Coverage(differing(before.row, zeros, *cover))
-    blank = [gap for interval in intervals for gap in data.gaps(*interval)]
+    blank: list[Interval] = []
+    rest: list[Interval] = []
+    for start, end in intervals:
+        first, behind = _in_row(cover, start), _in_row(cover, end)
+        zeros = zero_row(Interval(start, end), before.size, before.seed)
+        data = Coverage(differing(before.row[first:behind], zeros, start, end))
+        blank.extend(data.gaps(start, end))
+        rest.extend(data.intervals())
     digests = b"".join(zero_digests(end - start, before.seed, FINE_BYTES) for start, end in blank)
-    rest = [part for found in data.intervals() for part in _clipped(intervals, found)]
     return dict(_by_block(blank, digests)), rest
 
 
@@ -212,7 +216,7 @@ async def _digested(window: Window, source: Source, pool: BufferPool, seed: int)
     digester.finish()
     row = bytearray(zero_row(window.cover, source.size_bytes, seed))
     for start, digests in digester.rows:
-        at = (start - window.cover.start) // BLOCK_BYTES * DIGEST_BYTES
+        at = _in_row(window.cover, start)
         row[at : at + len(digests)] = digests
     return bytes(row)
 
@@ -304,11 +308,14 @@ def _equal(ours: bytes, cover: Interval, said: Sequence[Interval]) -> Digester:
     position = cover.start
     for start, end in [*said, Interval(cover.end, cover.end)]:
         if position < start:
-            first = (position - cover.start) // BLOCK_BYTES * DIGEST_BYTES
-            behind = -(-(start - cover.start) // BLOCK_BYTES) * DIGEST_BYTES
-            found.rows.append((position, ours[first:behind]))
+            found.rows.append((position, ours[_in_row(cover, position) : _in_row(cover, start)]))
         position = end
     return found
+
+
+def _in_row(cover: Interval, position: int) -> int:
+    """Where in a row of digests of ``cover`` the block that begins, or the row that ends, there does."""
+    return -(-(position - cover.start) // BLOCK_BYTES) * DIGEST_BYTES
 
 
 def _holding_data(window: Window, said: Sequence[Interval]) -> list[Interval]:
