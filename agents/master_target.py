@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
 import ssl
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
 
+from agents.log_ids import ids
 from protocol.state import Role
 from replicator import certificates
 from replicator.authority import Authority
@@ -22,9 +26,10 @@ from replicator.images.directory import ImageDirectory
 from replicator.private_directory import PrivateDirectory
 from replicator.receiver import Receiver
 from replicator.tokens import TokenBook
-from replicator.transport.accept import Acceptor, Handler
+from replicator.transport.accept import Acceptor, Counts, Handler
 from replicator.transport.dial import Address
-from replicator.transport.tls import ALPN_DATA, ALPN_JOIN, server_context
+from replicator.transport.stream import Stream
+from replicator.transport.tls import ALPN_DATA, ALPN_HTTP, ALPN_JOIN, server_context
 from replicator.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -52,9 +57,27 @@ class MasterTargetConfig:
 
 
 class MasterTarget:
-    """A running master target. ``start``, then ``stop`` whatever happens."""
+    """A running master target. ``start``, then ``stop`` whatever happens.
 
-    def __init__(self, config: MasterTargetConfig, workers: Workers, clock: Clock, files: Files) -> None:
+    Args:
+        web: makes the protocol for a connection that speaks HTTP; None: there is no web here.
+
+    Attributes:
+        streams: data connections that are there now.
+    """
+
+    def __init__(
+        self,
+        config: MasterTargetConfig,
+        workers: Workers,
+        clock: Clock,
+        files: Files,
+        web: Callable[[], asyncio.BaseProtocol] | None = None,
+    ) -> None:
+        self.streams = 0
+        self._web = web
+        self._tokens: TokenBook | None = None
+        self._receiver: Receiver | None = None
         self._config = config
         self._workers = workers
         self._clock = clock
@@ -72,8 +95,8 @@ class MasterTarget:
         retention = PrivateDirectory(self._files, self._config.retention)
         self._images = await self._workers.run(self._open_images, retention)
         authority = await self._workers.run(Authority.open, retention, self._clock)
-        tokens = TokenBook(retention, authority.pin, self._clock)
-        token = await self._workers.run(tokens.create, ServerKind.PROCESS_SERVER)
+        self._tokens = tokens = TokenBook(retention, authority.pin, self._clock)
+        token = await self.fresh_token()
         enrolment = Enrolment(
             authority,
             tokens,
@@ -91,17 +114,35 @@ class MasterTarget:
             self._config.limits,
         )
         await self._groups.start()
-        receiver = Receiver(self._groups, self._workers, authority.hash_seed, identify)
+        self._receiver = receiver = Receiver(self._groups, self._workers, authority.hash_seed, identify)
+        conversations = {
+            ALPN_DATA: Handler(Role.RECEIVER, self._serve_data),
+            ALPN_JOIN: Handler(Role.AUTHORITY, enrolment.serve),
+        }
+        alpn = (*conversations, ALPN_HTTP) if self._web is not None else tuple(conversations)
         self._acceptor = Acceptor(
-            OwnContext(authority, self._clock),
-            {
-                ALPN_DATA: Handler(Role.RECEIVER, receiver.serve),
-                ALPN_JOIN: Handler(Role.AUTHORITY, enrolment.serve),
-            },
+            OwnContext(authority, self._clock, alpn),
+            conversations,
             self._clock,
             receiver.allocate,
+            self._web,
         )
-        return await self._acceptor.start(self._config.listen), token.to_text()
+        return await self._acceptor.start(self._config.listen), token
+
+    async def fresh_token(self) -> str:
+        """Another join token for a process server. Only after ``start``."""
+        assert self._tokens is not None  # noqa: S101 - start() made it
+        return (await self._workers.run(self._tokens.create, ServerKind.PROCESS_SERVER)).to_text()
+
+    @property
+    def counts(self) -> Counts:
+        """What happened at the door."""
+        return self._acceptor.counts if self._acceptor is not None else Counts()
+
+    async def drain(self) -> None:
+        """Take no connection any more, and wait for the end of those that are there."""
+        if self._acceptor is not None:
+            await self._acceptor.drain()
 
     async def stop(self) -> None:
         """End all sessions and let go of everything. What was acknowledged is durable already."""
@@ -111,6 +152,15 @@ class MasterTarget:
             await self._groups.stop()
         if self._images is not None:
             await self._workers.run(self._images.close)
+
+    async def _serve_data(self, stream: Stream) -> None:
+        assert self._receiver is not None  # noqa: S101 - start() made it before the door
+        self.streams += 1
+        try:
+            with ids(stream=secrets.token_hex(4), peer=stream.peer_address):
+                await self._receiver.serve(stream)
+        finally:
+            self.streams -= 1
 
     def _open_images(self, retention: PrivateDirectory) -> ImageDirectory:
         images = ImageDirectory(self._files, self._config.directory, retention, thin=self._config.thin)
@@ -125,7 +175,8 @@ class MasterTarget:
 class OwnContext:
     """The server's TLS context, made anew with a fresh certificate when the old one nears its end."""
 
-    def __init__(self, authority: Authority, clock: Clock) -> None:
+    def __init__(self, authority: Authority, clock: Clock, alpn: Sequence[str]) -> None:
+        self._alpn = alpn
         self._authority = authority
         self._clock = clock
         self._context: ssl.SSLContext | None = None
@@ -136,7 +187,7 @@ class OwnContext:
         now = self._clock.now()
         if self._context is None or now >= self._due:
             credentials = self._authority.own_credentials(ServerKind.MASTER_TARGET, now)
-            self._context = server_context(credentials, self._authority.certificate)
+            self._context = server_context(credentials, self._authority.certificate, self._alpn)
             self._due = certificates.renewal_due(
                 x509.load_der_x509_certificate(credentials.certificate), OWN_RENEWAL_JITTER
             )

@@ -1,7 +1,8 @@
 """The accepting side: our own accept loop, so that failed handshakes are seen, counted and limited.
 
 asyncio's ``Server`` hides them. Each accepted stream goes to the handler of its ALPN name; what the handler
-raises as a ReplicatorError is told to the peer as FAIL and logged.
+raises as a ReplicatorError is told to the peer as FAIL and logged. A connection that speaks HTTP is handed
+over whole, as soon as its TLS is up (``web.py`` makes what takes it).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from protocol.connection import Body, plain_allocate
 from protocol.state import Role
@@ -21,6 +23,7 @@ from replicator.clock import Clock
 from replicator.errors import LinkError, PeerError, ReplicatorError, TargetError
 from replicator.transport.dial import HANDSHAKE_S, Address
 from replicator.transport.stream import Stream, tune
+from replicator.transport.tls import ALPN_HTTP
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +49,32 @@ class Counts:
     failed: Counter[str] = field(default_factory=Counter)
 
 
+class _Arrival(asyncio.Protocol):
+    """A connection while it shakes hands: what it becomes shows when TLS is up, before a byte is read.
+
+    Attributes:
+        became: the protocol that has taken its place.
+    """
+
+    def __init__(self, become: Callable[[str | None], asyncio.BaseProtocol]) -> None:
+        self._become = become
+        self.became: asyncio.BaseProtocol | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """TLS is up (its handshake is done)."""
+        tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
+        self.became = self._become(tls.selected_alpn_protocol())
+        cast(asyncio.Transport, transport).set_protocol(self.became)
+        self.became.connection_made(transport)
+
+
 class Acceptor:
     """Listens, shakes hands, hands streams over.
 
     Args:
         tls: gives the server's context; asked anew for every connection, so that a renewed certificate is
-        used. handlers: by ALPN name.
+        used. handlers: by ALPN name. web: makes the protocol for a connection that speaks HTTP by its ALPN
+        name or has none; without it such a connection is refused. Whoever made the protocol ends it.
     """
 
     def __init__(
@@ -60,11 +83,13 @@ class Acceptor:
         handlers: Mapping[str, Handler],
         clock: Clock,
         allocate: Callable[[int, int], Body] = plain_allocate,
+        web: Callable[[], asyncio.BaseProtocol] | None = None,
     ) -> None:
         self._tls = tls
         self._handlers = handlers
         self._clock = clock
         self._allocate = allocate
+        self._web = web
         self._socket: socket.socket | None = None
         self._loop_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,17 +116,26 @@ class Acceptor:
         self._loop_task = asyncio.create_task(self._accept(sock), name="accept")
         return Address(address.host, sock.getsockname()[1])
 
+    async def drain(self) -> None:
+        """Stop listening, and wait for the end of the streams that are there."""
+        await self._stop_listening()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
     async def stop(self) -> None:
         """Stop listening, cancel the handlers, wait for them."""
+        await self._stop_listening()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _stop_listening(self) -> None:
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.wait([self._loop_task])
         if self._socket is not None:
             self._socket.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -152,26 +186,32 @@ class Acceptor:
             await stream.close()
 
     async def _shake_hands(self, sock: socket.socket, source: str) -> Stream | None:
+        """The stream; None: there is none, or the connection is for the web."""
         loop = asyncio.get_running_loop()
-        stream = Stream(self._role_of, self._clock, self._allocate)
+        arrival = _Arrival(self._become)
         try:
             tune(sock)
             await loop.connect_accepted_socket(  # its answer names uvloop's TLS protocol, not ours
-                lambda: stream,
+                lambda: arrival,
                 sock,
                 ssl=self._tls(),
                 ssl_handshake_timeout=HANDSHAKE_S,
             )
         except OSError as error:
             sock.close()
-            known = isinstance(error, ssl.SSLError) and error.reason
-            self._failed(source, known or type(error).__name__)
+            reason = getattr(error, "reason", None)  # of OpenSSL's; errors that Python makes have none
+            self._failed(source, reason or type(error).__name__)
             return None
         except BaseException:  # cancelled: the socket is ours until TLS is up
             sock.close()
             raise
         self.counts.accepted += 1
-        return stream
+        return arrival.became if isinstance(arrival.became, Stream) else None
+
+    def _become(self, alpn: str | None) -> asyncio.BaseProtocol:
+        if self._web is not None and alpn in (ALPN_HTTP, None):
+            return self._web()
+        return Stream(self._role_of, self._clock, self._allocate)
 
     def _failed(self, source: str, reason: str) -> None:
         self.counts.failed[reason] += 1

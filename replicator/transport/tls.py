@@ -1,9 +1,9 @@
 """TLS contexts: 1.3 only, both sides with certificates of the installation's own authority.
 
-One port serves two conversations, told apart by ALPN. OpenSSL handshakes silently when the peers have no ALPN
-name in common, and the server asks for a certificate without insisting (a joiner has none yet): the accepting
-side checks both afterwards. Not here: connections (``dial.py``, ``accept.py``), what is in certificates
-(``certificates.py``).
+One port serves several conversations, told apart by ALPN. OpenSSL handshakes silently when the peers have no
+ALPN name in common, and the server asks for a certificate without insisting (a joiner has none yet): the
+accepting side checks both afterwards. Not here: connections (``dial.py``, ``accept.py``), what is in
+certificates (``certificates.py``).
 
 Cipher suites are left as they are: Python's ssl cannot choose among those of TLS 1.3.
 """
@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from replicator.certificates import Credentials
 
 ALPN_DATA = "replicator/1"
 ALPN_JOIN = "replicator-join/1"
+ALPN_HTTP = "http/1.1"
 
 
-def server_context(credentials: Credentials, authority: bytes) -> ssl.SSLContext:
-    """For accepting. A peer's certificate must be the authority's (DER), for clients; none at all passes."""
-    context = _context(ssl.PROTOCOL_TLS_SERVER, [ALPN_DATA, ALPN_JOIN])
+def server_context(
+    credentials: Credentials, authority: bytes, alpn: Sequence[str] = (ALPN_DATA, ALPN_JOIN)
+) -> ssl.SSLContext:
+    """For accepting the conversations of these names. A peer's certificate must be the authority's (DER), for
+    clients; none at all passes.
+    """
+    context = _context(ssl.PROTOCOL_TLS_SERVER, alpn)
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0  # resumption would skip the certificate: a revoked peer would come back
     context.load_verify_locations(cadata=authority)
@@ -57,7 +62,7 @@ def joining_context(authority: bytes | None) -> ssl.SSLContext:
     return context
 
 
-def _context(protocol: int, alpn: list[str]) -> ssl.SSLContext:
+def _context(protocol: int, alpn: Sequence[str]) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on; ours hold it today

@@ -211,6 +211,7 @@ async def test_a_context_that_cannot_be_made_ends_one_connection_only(
         knock = door.knock()
         await closed_by_the_door(knock)
         knock.close()
+        await until(lambda: door.acceptor.counts.failed == {"SSLError": 1})
     await leave(await door.call())
 
 
