@@ -53,14 +53,14 @@ class DemoBlob:
         self.connection_string = connection_string
         self.address = BlobAddress(_ACCOUNT, CONTAINER, f"{image.stem}.vhd")
         self._image = image
-        self._account = account
+        self.account = account
         self._workers = workers
         self._blob = PageBlob(InAccount(account, self.address), str(self.address))
         self._known: dict[int, bytes] = {}
 
     async def make(self) -> None:
         """The container and the blob: a fixed VHD, all zeros."""
-        await (await self._account.container(CONTAINER)).create_container()
+        await (await self.account.container(CONTAINER)).create_container()
         size = (await self._workers.run(self._image.stat)).st_size
         footer = make_footer(size, uuid4(), Clock().now())
         await self._blob.create(size + len(footer), {})
@@ -99,14 +99,14 @@ class DemoBlob:
         """Write the VMDK to a page blob of its own; the digest of what is there then."""
         address = BlobAddress(_ACCOUNT, CONTAINER, f"{vmdk.stem}-back.vhd")
         directory = PrivateDirectory(Files(), state)
-        back = WayBack(self._account, self._workers, directory, Clock(), Progress(), lambda _: None)
+        back = WayBack(self.account, self._workers, directory, Clock(), Progress(), lambda _: None)
         source = await open_vmdk(Files(), self._workers, vmdk)
         try:
             disk = DiskToSend(vmdk.stem, source, Clock().now_ns())
             await back.send("demo-back", [DiskToBlob(disk, address)])
         finally:
             await source.close()
-        blob = PageBlob(InAccount(self._account, address), str(address))
+        blob = PageBlob(InAccount(self.account, address), str(address))
         return await content_digest(await PageBlobSource.open(blob, self._workers))
 
 

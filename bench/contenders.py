@@ -84,8 +84,8 @@ class Contender:
 
     name: str
     programs: Sequence[str]
-    serve: Callable[[Job, Crowd], None]
-    send: Callable[[Job, Crowd], None]
+    serve: Callable[[Job, Crowd], object]
+    send: Callable[[Job, Crowd], object]
     lay: Callable[[Job], Path] = raw_file
     check: Callable[[Job], str | None] = lambda _: None
     ours: bool = False

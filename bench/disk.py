@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -123,13 +123,23 @@ def copy(image: Path, target: Path) -> None:
 
 def change(image: Path, share: float, seed: int) -> int:
     """Overwrite this share of all blocks of 4 KiB, wherever they are, with random bytes; returns how many."""
-    random = Random(seed)
+    blocks = any_blocks(image.stat().st_size, share, seed)
+    overwrite(image, blocks, seed)
+    return len(blocks)
+
+
+def any_blocks(size: int, share: float, seed: int) -> list[int]:
+    """This share of all blocks of 4 KiB of a disk, by number, sorted."""
+    blocks = size // BLOCK_BYTES
+    return sorted(Random(seed).sample(range(blocks), round(blocks * share)))
+
+
+def overwrite(image: Path, blocks: Sequence[int], seed: int) -> None:
+    """Write random bytes over blocks of 4 KiB, by number."""
+    random = Random(~seed)
     with image.open("r+b") as file:
-        blocks = os.fstat(file.fileno()).st_size // BLOCK_BYTES
-        picked = sorted(random.sample(range(blocks), round(blocks * share)))
-        for block in picked:
+        for block in blocks:
             os.pwrite(file.fileno(), random.randbytes(BLOCK_BYTES), block * BLOCK_BYTES)
-    return len(picked)
 
 
 def warm(image: Path) -> None:
@@ -148,7 +158,7 @@ def difference(one: Path, other: Path) -> str | None:
     if sizes[0] != sizes[1]:
         return f"{sizes[1]} bytes instead of {sizes[0]}"
     with one.open("rb", buffering=0) as first, other.open("rb", buffering=0) as second:
-        for start, end in _joined(sorted([*data_ranges(one), *data_ranges(other)])):
+        for start, end in joined(sorted([*data_ranges(one), *data_ranges(other)])):
             for position in range(start, end, COMPARE_BYTES):
                 count = min(COMPARE_BYTES, end - position)
                 ours, theirs = (os.pread(file.fileno(), count, position) for file in (first, second))
@@ -157,7 +167,7 @@ def difference(one: Path, other: Path) -> str | None:
     return None
 
 
-def _joined(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Sorted ranges, those that touch or overlap made one."""
     start = end = -1
     for first, behind in ranges:

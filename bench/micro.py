@@ -43,12 +43,12 @@ class Rate:
     bytes_per_s: float
 
 
-def sample_frames() -> list[bytes]:
+def sample_frames(count: int = FRAMES) -> list[bytes]:
     """Content that compresses about two to one; the same on every run."""
     random = Random(7)
     words = [random.randbytes(random.randrange(3, 12)) for _ in range(3000)]
     frames = []
-    for _ in range(FRAMES):
+    for _ in range(count):
         text = b" ".join(random.choices(words, k=FRAME_BYTES // 6))
         frames.append(text[:FRAME_BYTES].ljust(FRAME_BYTES, b"\0"))
     return frames

@@ -12,7 +12,8 @@ from bench.errors import BenchError
 from bench.link import LinkSpec
 
 MIB, GIB = 1 << 20, 1 << 30
-PARTS = ("full", "resync", "line", "stages", "micro")
+PARTS = ("full", "resync", "line", "log", "stages", "micro")
+QUICK_PARTS = tuple(part for part in PARTS if part != "log")  # a minute alone
 SIZE_BYTES, QUICK_SIZE_BYTES = 4 * GIB, GIB
 SIZE_MIN_BYTES = 32 * MIB
 ROUNDS, QUICK_ROUNDS = 5, 1
@@ -25,6 +26,61 @@ LOSS, LOSSY_RATE_MBIT, LOSSY_ROUND_TRIP_MS = 0.01, 100, 20
 LINE_BYTES = {100: 80 * MIB, 1000: 512 * MIB}
 QUICK_LINE_BYTES = {100: 48 * MIB, 1000: 256 * MIB}
 LOSSY_BYTES, LOSSY_CUBIC_BYTES = 48 * MIB, 16 * MIB  # cubic gets through six per cent of the line's rate
+
+
+@dataclass(frozen=True, slots=True)
+class LogSizes:
+    """How much the part ``log`` measures with.
+
+    Attributes:
+        rounds: of each figure, fewer where more would most likely end after ``budget_s`` seconds.
+        changed_shares: of the disk's blocks, known to the sender.
+        applied_bytes: of redo in whole MiB. blocks_bytes: of redo in blocks of 4 KiB. base_bytes: of the
+            image that they are applied to.
+        vast_bytes: sizes of the sparse disks. changed_bytes: what changes on each.
+        disks, disk_bytes: those that are sent at once.
+        journal_bytes: of sealed epochs that are not applied when the master target starts.
+    """
+
+    rounds: int
+    budget_s: float
+    changed_shares: tuple[float, ...]
+    applied_bytes: int
+    blocks_bytes: int
+    base_bytes: int
+    vast_bytes: tuple[int, int]
+    changed_bytes: int
+    disks: int
+    disk_bytes: int
+    journal_bytes: int
+
+
+LOG = LogSizes(
+    rounds=3,
+    budget_s=35.0,
+    changed_shares=SHARES,
+    applied_bytes=256 * MIB,
+    blocks_bytes=64 * MIB,
+    base_bytes=GIB,
+    vast_bytes=(64 * GIB, 2048 * GIB),
+    changed_bytes=GIB,
+    disks=64,
+    disk_bytes=64 * MIB,
+    journal_bytes=10 * GIB,
+)
+QUICK_LOG = LogSizes(
+    rounds=1,
+    budget_s=5.0,
+    changed_shares=QUICK_SHARES,
+    applied_bytes=128 * MIB,
+    blocks_bytes=16 * MIB,
+    base_bytes=256 * MIB,
+    vast_bytes=(64 * GIB, 2048 * GIB),
+    changed_bytes=64 * MIB,
+    disks=64,
+    disk_bytes=4 * MIB,
+    journal_bytes=GIB,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +143,7 @@ class Plan:
     Attributes:
         size_bytes: of the disk for full and resync. rounds: of these. shares: of its blocks that change, with
             the seconds after which no more rounds are begun. full_s: the same for full.
-        lines: with one round each. parts: see ``Options``.
+        lines: with one round each. log: sizes of that part. parts: see ``Options``.
     """
 
     size_bytes: int
@@ -95,6 +151,7 @@ class Plan:
     full_s: float
     shares: tuple[tuple[float, float], ...]
     lines: tuple[Line, ...]
+    log: LogSizes
     parts: tuple[str, ...]
 
 
@@ -131,7 +188,8 @@ def plan(options: Options, congestions: tuple[str, ...]) -> Plan:
     if options.rounds is not None or options.size_bytes is not None:  # who asks for something gets it
         budgets = inf, (inf, inf)
     shares = zip(QUICK_SHARES if quick else SHARES, budgets[1], strict=False)
-    return Plan(size, rounds, budgets[0], tuple(shares), tuple(lines), options.parts)
+    log = QUICK_LOG if quick else LOG
+    return Plan(size, rounds, budgets[0], tuple(shares), tuple(lines), log, options.parts)
 
 
 def _lossy_bytes(congestion: str) -> int:

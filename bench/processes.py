@@ -141,19 +141,19 @@ class Crowd:
         """All of them, in the order of their start."""
         return tuple(self._members)
 
-    def ready(self, member: Member, done: Callable[[], bool]) -> None:
+    def ready(self, member: Member, done: Callable[[], bool], within_s: float = START_S) -> None:
         """Wait until ``done()`` is true, which says that a server serves.
 
         Raises:
             RunFailed: it ended, or is not ready in time.
         """
-        deadline_s = time.monotonic() + START_S
+        deadline_s = time.monotonic() + within_s
         while not done():
             if _ended(member, 0.01):
                 self._reap(member)
                 raise RunFailed(f"{member.name} did not start: {_said(member)}")
             if time.monotonic() > deadline_s:
-                raise RunFailed(f"{member.name} was not ready in {START_S:.0f} s: {_said(member)}")
+                raise RunFailed(f"{member.name} was not ready in {within_s:.0f} s: {_said(member)}")
 
     def begin(self) -> None:
         """The clock starts: what servers cost so far does not count."""

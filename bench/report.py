@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.log import figures
+
 MB, GB, MIB, GIB = 1e6, 1e9, 1 << 20, 1 << 30
 COLUMNS = (
     "contender",
@@ -42,6 +44,9 @@ def sheets(document: Document) -> Iterator[Sheet]:
     """All tables of a document."""
     for scenario in document["scenarios"]:
         yield _scenario(scenario)
+    if document["log"] is not None:
+        told = tuple(figures.row(figure) for figure in document["log"]["figures"])
+        yield Sheet("the log", ("figure", "measured", "wanted", "met"), told)
     stages = document["stages"]
     if stages is not None:
         yield _rates(stages)

@@ -19,6 +19,7 @@ from typing import Any
 
 from bench import contenders, disk, machine, micro, ours, stages
 from bench.errors import BenchError
+from bench.log import part
 from bench.namespaces import Namespace
 from bench.options import Line, Options, Plan, plan
 from bench.processes import CutOff, RunFailed
@@ -91,6 +92,9 @@ class Suite:
             except (BenchError, RunFailed, CutOff) as error:  # what others found shall not be lost
                 failed.append(f"nothing came of scenario {len(found) + len(failed) + 1}: {error}")
                 self._say(failed[-1])
+        logged = self._log() if "log" in parts else None
+        if logged is not None:
+            failed += logged.pop("failed")
         return {
             "format": FORMAT,
             "machine": described,
@@ -98,6 +102,7 @@ class Suite:
             "seed": self._seed,
             "scenarios": found,
             "failed": failed,
+            "log": logged,
             "stages": None if allowed is None else {**allowed, "shares": _shares(allowed, found)},
             "micro": rates,
         }
@@ -225,6 +230,14 @@ class Suite:
             "line": asdict(scenario.line) if scenario.line else None,
             "standings": [asdict(each) for each in ranked(standings)],
         }
+
+    def _log(self) -> dict[str, Any]:
+        """What was wanted of the log, and what is."""
+
+        def image() -> Path:
+            return self._image(self._plan.size_bytes)[0]
+
+        return part.measure(image, self._plan.log, self._seed, self._folder, self._say)
 
     def _stages(self) -> dict[str, Any]:
         """Rates of the stages with this disk's content, and what they allow."""

@@ -87,6 +87,11 @@ class BufferPool:
             self._kept_bytes += len(memory)
             self._free[len(memory)].append(memory)
 
+    def let_go(self) -> None:
+        """Keep no memory any more of what was given back."""
+        self._free.clear()
+        self._kept_bytes = 0
+
 
 def address_of(view: memoryview) -> int | None:
     """Where it lies in memory; None for read-only memory, of which Python does not tell."""

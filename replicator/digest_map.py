@@ -8,8 +8,10 @@ belongs to which epoch and target is the business of ``sender_state.py``. All of
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from threading import Lock
 from typing import Self
@@ -195,6 +197,30 @@ class DigestMap:
         ``OSError``.
         """
         rows = []
+        while start < end:
+            first, behind = self._data_pages(start // PAGE_SPAN_BYTES, -(-end // PAGE_SPAN_BYTES))
+            data = min(first * PAGE_SPAN_BYTES, end)
+            if start < data:  # a hole, however long, costs no reading
+                rows.append(zero_row(Interval(start, data), self._size, self._seed))
+                start = data
+            stop = min(behind * PAGE_SPAN_BYTES, end)
+            rows += self._read(start, stop)
+            start = stop
+        return b"".join(rows)
+
+    def _data_pages(self, page: int, end: int) -> tuple[int, int]:
+        """The first stretch of pages [page, end) that the file has; [end, end) if it has none of them."""
+        try:
+            data = self._files.seek(self._fd, page * PAGE_BYTES, os.SEEK_DATA)
+            hole = self._files.seek(self._fd, data, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but holes from here on
+                raise
+            return end, end
+        return min(data // PAGE_BYTES, end), min(-(-hole // PAGE_BYTES), end)
+
+    def _read(self, start: int, end: int) -> Iterator[bytes]:
+        """Digests of pages that the file has. Its holes may be told as data; a page of none is a hole."""
         page, behind = start // PAGE_SPAN_BYTES, -(-end // PAGE_SPAN_BYTES)
         content = memoryview(bytearray((behind - page) * PAGE_BYTES))
         read_fully(self._files, self._fd, content, page * PAGE_BYTES)
@@ -204,9 +230,8 @@ class DigestMap:
             count = -(-(stop - start) // BLOCK_BYTES) * DIGEST_BYTES
             row = bytes(content[first : first + count])
             is_hole = row == _NO_DIGESTS[:count]
-            rows.append(zero_row(Interval(start, stop), self._size, self._seed) if is_hole else row)
+            yield zero_row(Interval(start, stop), self._size, self._seed) if is_hole else row
             content, start = content[PAGE_BYTES:], stop
-        return b"".join(rows)
 
     def close(self) -> None:
         """Let go of the file. Idempotent."""

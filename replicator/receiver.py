@@ -88,12 +88,14 @@ class Receiver:
                     raise refusals.busy(wanted.group)
                 if older is not None:
                     await older.stop()
-                group = await self.parts.groups.open(peer, wanted)
+                # Of more sessions than there is credit for, the last ones wait here, OPEN unanswered.
+                share = await self.parts.credit.enter()
                 try:
-                    session = Session(self.parts, stream, peer, group)
+                    group = await self.parts.groups.open(peer, wanted)
                 except BaseException:
-                    group.leave()
+                    self.parts.credit.leave(share)
                     raise
+                session = Session(self.parts, stream, peer, group, share)
                 self._sessions[session.id] = self._groups[wanted.group] = session
                 ending.callback(self._forget, wanted.group, session)
                 ending.callback(group.leave)  # first: who is told that the session ended may open the group

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from asyncio import Task, create_task, gather
+from asyncio import Task, create_task, gather, get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -75,6 +75,7 @@ class Outcome:
         changed: the source may have changed while it was read.
         stale: an earlier run began the epoch, and the source may have changed since.
         settled: the target's images hold it, not only its log.
+        sealed_s: from the OPEN of its last session to SEALED.
     """
 
     epoch: bytes
@@ -84,6 +85,7 @@ class Outcome:
     changed: bool
     stale: bool
     settled: bool
+    sealed_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -91,13 +93,14 @@ class _Epoch:
     """The epoch under way.
 
     ``resumed``: an earlier run began it, so that the target may hold what no map tells of. ``stale``: that
-    was with another state of the sources.
+    was with another state of the sources. ``opened_at_s``: the event loop's time at the last OPEN.
     """
 
     id: bytes
     disks: list[SendingDisk]
     resumed: bool
     stale: bool
+    opened_at_s: float = 0.0
 
 
 class Sender:
@@ -193,6 +196,7 @@ class Sender:
             changed,
             epoch.stale,
             settled,
+            session.sealed_at_s - epoch.opened_at_s,
         )
 
     async def _begin(self, record: GroupRecord, disks: Sequence[DiskToSend], named: bytes | None) -> _Epoch:
@@ -220,6 +224,7 @@ class Sender:
         for disk in epoch.disks:
             disk.known = maps.get(disk.name)
         parent = record.sealed if maps else changes.since if changes is not None else NO_ID
+        epoch.opened_at_s = get_running_loop().time()
         control.send(
             Open(
                 group,
@@ -284,6 +289,8 @@ class Sender:
                 if disk.building is not None:
                     disk.building.close()
         self._epoch = None
+        # The errors of a session refer to all of it, and to one another: it may be long until they are freed.
+        self._parts.pool.let_go()
 
     async def settled(self, group: str, disks: Sequence[DiskToSend], epoch: bytes) -> None:
         """Wait until the images of the target hold a sealed epoch: before that it does not answer its OPEN.

@@ -54,7 +54,11 @@ class SourceMoved(Exception):
 
 
 class SendingEpoch:
-    """One session of an epoch, from OPENED to SEALED."""
+    """One session of an epoch, from OPENED to SEALED.
+
+    Attributes:
+        sealed_at_s: the event loop's time as SEALED came.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class SendingEpoch:
         self._at_rest = False  # SEAL is out and promises that no disk has changed
         self._sealed: asyncio.Future[Sealed] = asyncio.get_running_loop().create_future()
         self._listener: asyncio.Task[None] | None = None
+        self.sealed_at_s = 0.0
 
     async def run(self, greetings: Sequence[Awaitable[Stream]], stale: bool) -> tuple[Sealed, bool]:
         """Send what is missing and have it sealed. True: the source changed meanwhile.
@@ -309,6 +314,7 @@ class SendingEpoch:
             disk.durable.add(0, disk.source.size_bytes)
         if sealed.epoch != self._epoch:
             raise defective("it sealed another epoch")
+        self.sealed_at_s = asyncio.get_running_loop().time()
         self._count()
         self._sealed.set_result(sealed)
 

@@ -60,7 +60,9 @@ DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk: small enough to com
 class Session:
     """One epoch of one group, from OPEN to its end."""
 
-    def __init__(self, parts: ReceivingParts, control: Stream, peer: str, group: GroupInHand) -> None:
+    def __init__(
+        self, parts: ReceivingParts, control: Stream, peer: str, group: GroupInHand, share: Share
+    ) -> None:
         self.id = secrets.token_bytes(16)
         self.peer = peer
         self._parts = parts
@@ -87,7 +89,8 @@ class Session:
         self._task = asyncio.current_task()
         self.ended = asyncio.Event()
         self.over = False
-        self._share: Share = parts.credit.join(self._commit.set)
+        self._share = share
+        share.announce = self._commit.set
 
     async def run(self) -> None:
         """Serve the session until the sender leaves; returns after a goodbye, raises what else ended it."""

@@ -111,12 +111,59 @@ def _malformed(reason: str) -> TrustError:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
+    """What a server keeps of a token that it gave out.
+
+    Attributes:
+        expires_s: since 1970 UTC.
+        spki_sha256: of the key that it is bound to; empty: not bound yet.
+        identity: id that it gives.
+    """
+
     id: bytes
     secret_sha256: bytes
-    expires_s: int  # since 1970 UTC
-    spki_sha256: bytes  # empty: not bound yet
+    expires_s: int
+    spki_sha256: bytes
     identity: str
+
+
+class Guesses:
+    """Wrong secrets of the last minutes, counted in memory. Safe in several threads."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._guard = Lock()
+        self._wrong: deque[tuple[float, str]] = deque(
+            maxlen=GUESSES_IN_ALL
+        )  # (monotonic_s, source), oldest first
+
+    def check(self, source: str) -> None:
+        """Raises ``join.too_many_guesses`` when this source, or all together, have guessed too often."""
+        since = self._clock.monotonic_s() - GUESS_WINDOW_S
+        with self._guard:
+            while self._wrong and self._wrong[0][0] < since:
+                self._wrong.popleft()
+            in_all = len(self._wrong)
+            from_source = sum(guesser == source for _, guesser in self._wrong)
+        if from_source >= GUESSES_PER_SOURCE or in_all >= GUESSES_IN_ALL:
+            raise _too_many_guesses()
+
+    def admit(self, entry: Entry | None, secret: bytes, spki: bytes, source: str) -> Entry:
+        """The entry that was found for a token's id, bound to the key that asks; None: there is none.
+
+        Raises:
+            TrustError: ``join.secret_wrong`` (which is counted), ``join.token_expired``, ``join.token_used``.
+        """
+        expected = entry.secret_sha256 if entry else _NOBODY
+        if not hmac.compare_digest(sha256(secret).digest(), expected) or entry is None:
+            with self._guard:
+                self._wrong.append((self._clock.monotonic_s(), source))
+            raise _secret_wrong()
+        if entry.expires_s <= self._clock.now().timestamp():
+            raise _expired()
+        if entry.spki_sha256 and not hmac.compare_digest(entry.spki_sha256, spki):
+            raise _used()
+        return replace(entry, spki_sha256=spki)
 
 
 class TokenBook:
@@ -135,10 +182,7 @@ class TokenBook:
         self._directory = directory
         self._pin = pin
         self._clock = clock
-        self._guard = Lock()
-        self._wrong: deque[tuple[float, str]] = deque(
-            maxlen=GUESSES_IN_ALL
-        )  # (monotonic_s, source), oldest first
+        self._guesses = Guesses(clock)
 
     def create(self, kind: ServerKind, life: timedelta = LIFE) -> Token:
         """A new token for a server of this kind. Expired ones are dropped.
@@ -152,9 +196,9 @@ class TokenBook:
         with self._directory.held() as held:
             book = {key: entry for key, entry in _load(held).items() if entry.expires_s > now.timestamp()}
             if len(book) >= TOKENS_MAX:
-                raise _too_many()
+                raise too_many()
             expires_s = int((now + life).timestamp())
-            book[token.id] = _Entry(token.id, sha256(token.secret).digest(), expires_s, b"", new_id(kind))
+            book[token.id] = Entry(token.id, sha256(token.secret).digest(), expires_s, b"", new_id(kind))
             _store(held, book)
         return token
 
@@ -174,37 +218,18 @@ class TokenBook:
                 ``join.token_used``.
             StateError: ``token.book_damaged``; ``state.unusable``. The token is bound or not: ask again.
         """
-        self._check_guesses(source)  # before anything touches the disk
+        self._guesses.check(source)  # before anything touches the disk
         with self._directory.held() as held:
             book = _load(held)
-            entry = book.get(token_id)
-            expected = entry.secret_sha256 if entry else _NOBODY
-            if not hmac.compare_digest(sha256(secret).digest(), expected) or entry is None:
-                with self._guard:
-                    self._wrong.append((self._clock.monotonic_s(), source))
-                raise _secret_wrong()
-            if entry.expires_s <= self._clock.now().timestamp():
-                raise _expired()
-            if entry.spki_sha256 and not hmac.compare_digest(entry.spki_sha256, spki):
-                raise _used()
+            bound = self._guesses.admit(book.get(token_id), secret, spki, source)
             # Also when it is bound already: whoever bound it may have died before it was durable.
-            book[token_id] = replace(entry, spki_sha256=spki)
+            book[token_id] = bound
             _store(held, book)
             reach("token.bound")
-            return entry.identity
-
-    def _check_guesses(self, source: str) -> None:
-        since = self._clock.monotonic_s() - GUESS_WINDOW_S
-        with self._guard:
-            while self._wrong and self._wrong[0][0] < since:
-                self._wrong.popleft()
-            in_all = len(self._wrong)
-            from_source = sum(guesser == source for _, guesser in self._wrong)
-        if from_source >= GUESSES_PER_SOURCE or in_all >= GUESSES_IN_ALL:
-            raise _too_many_guesses()
+            return bound.identity
 
 
-def _load(held: HeldDirectory) -> dict[bytes, _Entry]:
+def _load(held: HeldDirectory) -> dict[bytes, Entry]:
     content = held.read(FILE)
     if content is None:
         return {}
@@ -218,8 +243,8 @@ def _load(held: HeldDirectory) -> dict[bytes, _Entry]:
     return {entry.id: entry for entry in entries}
 
 
-def _entry(record: dict[str, Any]) -> _Entry:
-    entry = _Entry(
+def _entry(record: dict[str, Any]) -> Entry:
+    entry = Entry(
         bytes.fromhex(record["id"]),
         bytes.fromhex(record["secret_sha256"]),
         record["expires_s"],
@@ -232,7 +257,7 @@ def _entry(record: dict[str, Any]) -> _Entry:
     return entry
 
 
-def _store(held: HeldDirectory, book: dict[bytes, _Entry]) -> None:
+def _store(held: HeldDirectory, book: dict[bytes, Entry]) -> None:
     tokens = [
         {
             "id": entry.id.hex(),
@@ -255,7 +280,8 @@ def _damaged(held: HeldDirectory, error: ValueError) -> StateError:
     )
 
 
-def _too_many() -> UsageError:
+def too_many() -> UsageError:
+    """``token.too_many``: TOKENS_MAX of them wait to be used."""
     return UsageError(
         "token.too_many",
         f"no further token: {TOKENS_MAX} are waiting to be used",

@@ -17,7 +17,10 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter an option
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything: under three minutes.")] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="A part: full, resync, line, stages or micro. May be repeated. Default: all."),
+        typer.Option(
+            help="A part: full, resync, line, log, stages or micro. May be repeated. "
+            "Default: all, with --quick all but log."
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option(help="Of the disk, such as 512M or 4G. Default: 4G, with --quick 1G.")
@@ -44,13 +47,13 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter an option
     """
     from bench import report, suite
     from bench.errors import BenchError
-    from bench.options import PARTS, Options
+    from bench.options import PARTS, QUICK_PARTS, Options
     from bench.plot import draw, ready
 
     options = Options(
         size_bytes=None if size is None else parse_size("--size", size),
         rounds=rounds,
-        parts=tuple(only) if only else PARTS,
+        parts=tuple(only) if only else QUICK_PARTS if quick else PARTS,
         quick=quick,
         seed=seed,
         directory=directory,

@@ -139,6 +139,8 @@ class Stream(asyncio.BufferedProtocol):
             self._connection.state = State.CLOSED
         if self._timer is not None:
             self._timer.cancel()
+        # TLS has half a MiB with it: it shall not stay for as long as somebody keeps the error that ended us.
+        self._transport = None
         self._writable.set()
         self._wake()
         if not self._gone.done():

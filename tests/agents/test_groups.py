@@ -49,6 +49,7 @@ def test_a_group_is_one_epoch_of_all_its_disks(
     assert (done["group"], done["disk"], done["disks"]) == ("web", "system", list(NAMES))
     assert (done["vmdk"], done["mode"], done["fuzzy"]) == ("system.vmdk", "full", False)
     assert (done["consistency"], done["passes"]) == ("crash", 1)
+    assert 0 < done["sealed_seconds"] <= done["seconds"]
     assert done["recovery_point"] in (None, done["epoch"])
     assert done["read_bytes"] == sum(SIZES.values())
     arrived(sources, target, done["epoch"])

@@ -1,14 +1,11 @@
 """A page blob's snapshot as a source: the contract, footers, short gaps, zeros nobody asks for, speed."""
 
-import asyncio
 import random
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from uuid import UUID
 
 import pytest
-from azure.storage.blob.aio import BlobClient
 
 from protocol.payload import Extent
 from replicator.azure.access import Account, Credentials
@@ -16,9 +13,9 @@ from replicator.azure.blob import BlobAddress, InAccount, PageBlob
 from replicator.clock import Clock
 from replicator.errors import LinkError, SourceError
 from replicator.formats.vhd import FOOTER_BYTES, make_footer
-from replicator.sources.page_blob import GAP_BYTES, REQUEST_BYTES, REQUESTS, PageBlobSource
+from replicator.sources.page_blob import GAP_BYTES, PageBlobSource
 from replicator.workers import Workers
-from tests.azure.azurite import ACCOUNT, KEY, Disk, Emulator
+from tests.azure.azurite import ACCOUNT, KEY, Disk
 from tests.azure.diff_proxy import RunningProxy
 from tests.replicator.sources import conformance
 from tests.replicator.sources.conformance import extents_of, nothing, read
@@ -148,48 +145,3 @@ async def test_a_blob_of_no_size_or_of_a_footer_alone_is_refused(
         with pytest.raises(SourceError) as caught:
             await opened(account, disk, workers)
         assert caught.value.code == "source.empty"
-
-
-async def test_reads_are_as_fast_as_a_bare_download_with_the_sdk(
-    new_disk: NewDisk, emulator: Emulator, workers: Workers, count: Callable[[int, int], int], seed: int
-) -> None:
-    """16 ranges of 4 MiB in flight, both. The best of interleaved rounds: a busy machine makes some slow."""
-    size = count(64, 1024) * MIB
-    disk = new_disk(size)
-    disk.write(0, random.Random(seed).randbytes(size))
-    account = Account(ACCOUNT, Credentials.parse(emulator.connection_string, "test"), None, Clock())
-    source = await opened(account, disk, workers)
-    bare_s = ours_s = float("inf")
-    async with BlobClient.from_blob_url(disk.blob.url, credential=KEY_OF_ACCOUNT) as bare:
-        for _ in range(ROUNDS_MAX):
-            began = time.perf_counter()
-            await _in_flight(size, lambda at: _download(bare, at))
-            bare_s = min(bare_s, time.perf_counter() - began)
-            began = time.perf_counter()
-            await _in_flight(size, lambda at: _read(source, at))
-            ours_s = min(ours_s, time.perf_counter() - began)
-            if ours_s * 0.95 <= bare_s:
-                break
-    await source.close()
-    await account.close()
-    assert ours_s * 0.95 <= bare_s, f"{size / ours_s / 1e6:.0f} MB/s, bare {size / bare_s / 1e6:.0f}"
-
-
-async def _in_flight(size: int, one: Callable[[int], Awaitable[None]]) -> None:
-    gate = asyncio.Semaphore(REQUESTS)
-
-    async def gated(at: int) -> None:
-        async with gate:
-            await one(at)
-
-    await asyncio.gather(*(gated(at) for at in range(0, size, REQUEST_BYTES)))
-
-
-async def _download(client: BlobClient, at: int) -> None:
-    stream = await client.download_blob(at, REQUEST_BYTES)
-    assert len(await stream.readall()) == REQUEST_BYTES
-
-
-async def _read(source: PageBlobSource, at: int) -> None:
-    view = memoryview(bytearray(REQUEST_BYTES))
-    await source.read_into([Extent(at, REQUEST_BYTES)], view, nothing)

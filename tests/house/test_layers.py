@@ -38,18 +38,30 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "replicator.receiving",
                 "replicator.sending",
                 "replicator.framing",
+                "replicator.local",
                 "replicator.sender_state",
                 "replicator.asking",
                 "replicator.differ",
                 "replicator.packing",
                 "replicator.digest_map",
                 "replicator.retrying",
+                "replicator.health",
             }
         ),
     ),
     ("log", frozenset({"replicator.log"})),
     ("endpoints", frozenset({"replicator.sources", "replicator.images", "replicator.transport"})),
-    ("formats", frozenset({"replicator.formats", "replicator.azure.blob"})),
+    (
+        "formats",
+        frozenset(
+            {
+                "replicator.formats",
+                "replicator.azure.blob",
+                "replicator.azure.access",
+                "replicator.azure.tries",
+            }
+        ),
+    ),
     (
         "pure",
         frozenset(
@@ -60,6 +72,7 @@ FLOORS: tuple[tuple[str, frozenset[str]], ...] = (
                 "replicator.digest",
                 "replicator.adapt",
                 "replicator.throttle",
+                "replicator.desired",
             }
         ),
     ),

@@ -1,25 +1,32 @@
 """The pool of credit: nothing is lost or made, nobody starves, and every growth is told."""
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from replicator.credit_pool import LARGEST_FRAME_BYTES, CreditPool, Share
-from replicator.errors import LinkError
-from tests.replicator.pipeline import MIB, ends
+from tests.replicator.pipeline import MIB
 
 TOTALS = st.integers(2 * LARGEST_FRAME_BYTES, 200 * MIB)
+
+
+def joined(pool: CreditPool) -> Share:
+    """A share of a pool that has one."""
+    share = pool.join()
+    assert share is not None
+    return share
 
 
 class Session:
     """A share with what its sender was told and has used."""
 
-    def __init__(self, pool: CreditPool) -> None:
-        self.told = 0
+    def __init__(self, share: Share) -> None:
         self.used = 0
-        self.share: Share = pool.join(self._announce)
-        assert self.told == 0, "announced before OPENED could say it"
+        self.share = share
+        self.share.announce = self._announce
         self.told = self.share.window.granted
         self.released = 0
 
@@ -58,12 +65,11 @@ class Pool(RuleBasedStateMachine):
     def join(self) -> Session | None:
         assert self.pool is not None
         free = self.pool._free
-        try:
-            made = Session(self.pool)
-        except LinkError as error:
-            assert error.code == "target.busy" and free < LARGEST_FRAME_BYTES
+        share = self.pool.join()
+        assert (share is None) == (free < LARGEST_FRAME_BYTES)
+        if share is None:
             return None
-        assert free >= LARGEST_FRAME_BYTES
+        made = Session(share)
         self.live.append(made)
         return made
 
@@ -110,31 +116,83 @@ TestPool = Pool.TestCase
 
 @given(total=TOTALS)
 def test_a_lone_session_gets_half(total: int) -> None:
-    share = CreditPool(total).join(lambda: None)
+    share = joined(CreditPool(total))
     assert share.window.granted == share.held == max(LARGEST_FRAME_BYTES, total // 2)
 
 
 def test_several_newcomers_find_something_before_the_first_gives_anything_back() -> None:
     pool = CreditPool(96 * MIB)
-    shares = [pool.join(lambda: None) for _ in range(5)]
+    shares = [joined(pool) for _ in range(5)]
     assert all(share.held >= LARGEST_FRAME_BYTES for share in shares)
     assert shares[0].held == 48 * MIB
 
 
-def test_too_many_sessions_are_asked_to_come_later() -> None:
+async def test_who_finds_no_credit_waits_and_the_first_is_served_first() -> None:
     pool = CreditPool(2 * LARGEST_FRAME_BYTES)
-    first = pool.join(lambda: None)
-    second = pool.join(lambda: None)
-    with ends(LinkError, "target.busy"):
-        pool.join(lambda: None)
+    first, second = await pool.enter(), await pool.enter()
+    third, fourth = (asyncio.create_task(pool.enter()) for _ in range(2))
+    await asyncio.sleep(0)
+    assert not third.done()
     pool.leave(second)
-    assert pool.join(lambda: None).held == first.held == LARGEST_FRAME_BYTES
+    share = await third
+    assert share.held == first.held == LARGEST_FRAME_BYTES and not fourth.done()
+    pool.leave(first)
+    assert (await fourth).held == LARGEST_FRAME_BYTES
+
+
+async def crowded() -> tuple[CreditPool, list[Share], asyncio.Task[Share]]:
+    """A pool that has nothing left for a newcomer, its shares, the largest first, and one who waits."""
+    pool = CreditPool(96 * MIB)
+    shares = []
+    while (share := pool.join()) is not None:
+        shares.append(share)
+    waiting = asyncio.create_task(pool.enter())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    return pool, shares, waiting
+
+
+async def test_who_waits_comes_before_those_who_want_more() -> None:
+    pool, shares, waiting = await crowded()
+    held = [share.held for share in shares[1:]]
+    while pool._free + MIB < LARGEST_FRAME_BYTES:
+        shares[0].release(MIB)
+        assert [share.held for share in shares[1:]] == held
+    shares[0].release(MIB)
+    assert (await waiting).held >= LARGEST_FRAME_BYTES
+
+
+async def test_whom_nobody_waits_behind_any_more_gets_more() -> None:
+    _, shares, waiting = await crowded()
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    before = shares[-1].held
+    for _ in range(32):
+        shares[0].release(MIB)
+    assert shares[-1].held > before
+
+
+@pytest.mark.parametrize("served", [False, True])
+async def test_who_gives_up_waiting_leaves_nothing_behind(served: bool) -> None:
+    pool = CreditPool(2 * LARGEST_FRAME_BYTES)
+    shares = [await pool.enter(), await pool.enter()]
+    gone, patient = (asyncio.create_task(pool.enter()) for _ in range(2))
+    await asyncio.sleep(0)
+    if served:  # its turn has come, and it has not heard of it
+        pool.leave(shares.pop())
+    gone.cancel()
+    await asyncio.wait([gone])
+    assert gone.cancelled()
+    if not served:
+        pool.leave(shares.pop())
+    pool.leave(await patient)
+    assert pool._free == LARGEST_FRAME_BYTES
 
 
 @given(total=st.integers(96 * MIB, 200 * MIB), churn=st.integers(1, 5), seed=st.randoms())
 def test_busy_sessions_end_up_with_equal_parts_and_leave_one_for_the_next(total, churn, seed) -> None:
     pool = CreditPool(total)
-    shares = [pool.join(lambda: None) for _ in range(churn)]
+    shares = [joined(pool) for _ in range(churn)]
     for share in seed.sample(shares, len(shares) // 2):
         pool.leave(share)
         shares.remove(share)
@@ -148,9 +206,10 @@ def test_busy_sessions_end_up_with_equal_parts_and_leave_one_for_the_next(total,
 
 def test_a_session_does_not_starve_beside_ones_that_hold_and_do_nothing() -> None:
     pool = CreditPool(96 * MIB)
-    idle = [pool.join(lambda: None) for _ in range(4)]
+    idle = [joined(pool) for _ in range(4)]
     told: list[int] = []
-    busy = pool.join(lambda: told.append(busy.window.granted))
+    busy = joined(pool)
+    busy.announce = lambda: told.append(busy.window.granted)
     received = 0
     for _ in range(1000):  # frames of a MiB: it gets its credit back again and again
         busy.window.charge(MIB)
@@ -164,8 +223,9 @@ def test_a_session_does_not_starve_beside_ones_that_hold_and_do_nothing() -> Non
 def test_those_who_leave_make_the_others_grow_and_it_is_told() -> None:
     pool = CreditPool(96 * MIB)
     told: list[str] = []
-    first = pool.join(lambda: told.append("first"))
-    second = pool.join(lambda: told.append("second"))
+    first, second = joined(pool), joined(pool)
+    first.announce = lambda: told.append("first")
+    second.announce = lambda: told.append("second")
     assert second.held < 48 * MIB
     pool.leave(first)
     assert told == ["second"] and second.held == 48 * MIB

@@ -20,6 +20,7 @@ from replicator.digest import (
     zero_digest,
     zero_row,
 )
+from replicator.extents import Coverage
 
 SEED = 7
 
@@ -117,6 +118,17 @@ def test_what_differs_is_exactly_the_blocks_whose_digests_do(
     assert blocks == differs
     assert all(first.end < then.start for first, then in itertools.pairwise(found))
     assert all(b % BLOCK_BYTES == 0 or b == end for interval in found for b in interval)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 600)), max_size=4))
+def test_in_long_rows_just_what_differs_is_found(stretches: list[tuple[int, int]]) -> None:
+    expected = Coverage((first, min(first + count, 2000)) for first, count in stretches)
+    theirs = bytearray(2000 * DIGEST_BYTES)
+    for first, end in expected.intervals():
+        theirs[first * DIGEST_BYTES : end * DIGEST_BYTES] = b"\1" * (end - first) * DIGEST_BYTES
+    found = differing(bytes(len(theirs)), bytes(theirs), 0, 2000 * BLOCK_BYTES)
+    blocks = [(first // BLOCK_BYTES, end // BLOCK_BYTES) for first, end in found]
+    assert blocks == [tuple(interval) for interval in expected.intervals()]
 
 
 @pytest.mark.parametrize("lengths", [(1, 2), (2, 1), (1, 1), (3, 3)])

@@ -149,6 +149,34 @@ def test_a_sparse_disk_of_2_tib_has_a_map_of_almost_nothing(dir_fd: int, tmp_pat
     opened.close()
 
 
+def test_holes_of_a_map_are_not_read(dir_fd: int, seed: int) -> None:
+    class Counting(Files):
+        read = 0
+
+        def preadv(self, fd, buffers, offset):
+            count = super().preadv(fd, buffers, offset)
+            self.read += count
+            return count
+
+    size, rng = TIB // 64 + SECTOR_BYTES, random.Random(seed)
+    blocks = -(-size // BLOCK_BYTES)
+    row = bytearray(row_of_zeros(size))
+    for first in (0, *(rng.randrange(1, blocks - 600) for _ in range(5)), blocks - 1):
+        end = min(first + rng.choice((1, 300)), blocks)
+        row[first * DIGEST_BYTES : end * DIGEST_BYTES] = rng.randbytes((end - first) * DIGEST_BYTES)
+    root = publish(dir_fd, "map", bytes(row), size)
+    files = Counting()
+    opened = DigestMap.open(files, dir_fd, "map", root, size, SEED)
+    assert opened is not None
+    files.read = 0
+    assert opened.digests(0, size) == row
+    assert files.read <= 7 * 3 * PAGE_BYTES
+    for first, end in ((1, 2), (254, 256), (255, 256), (blocks - 1, blocks), (blocks - 700, blocks)):
+        stretch = row[first * DIGEST_BYTES : end * DIGEST_BYTES]
+        assert opened.digests(first * BLOCK_BYTES, min(end * BLOCK_BYTES, size)) == stretch
+    opened.close()
+
+
 # ------------------------------------------------------------------ and nothing else is believed
 
 

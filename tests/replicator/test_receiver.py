@@ -40,6 +40,7 @@ from replicator.errors import LinkError
 from replicator.extents import Coverage, Relation
 from replicator.files import Files
 from replicator.images.coverage_journal import CoverageJournal
+from replicator.receiver import CREDIT_BYTES
 from replicator.session import WANTED_MAX, Session
 from tests.replicator.pipeline import (
     EPOCH,
@@ -503,6 +504,7 @@ async def test_another_identity_gets_neither_a_busy_group_nor_an_idle_one(
     peer.ask(DISK)
     assert (await peer.refused()).code == "group.not_yours"
     assert json.loads(here.sidecar("disk"))["owner"] == server.id
+    assert here.receiver.parts.credit._free == CREDIT_BYTES  # who is refused keeps nothing of it
 
 
 async def test_a_new_open_by_the_same_identity_ends_the_older_session_and_tells_it(

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from protocol.messages import Ack, Bye, Digests, DigestsWanted, DiskCoverage, Interval, Mode, Seal, Sealed
+from protocol.messages import (
+    Ack,
+    Bye,
+    Digests,
+    DigestsWanted,
+    DiskCoverage,
+    Interval,
+    Mode,
+    Opened,
+    Seal,
+    Sealed,
+)
 from replicator.credit_pool import LARGEST_FRAME_BYTES
 from replicator.digest import BLOCK_BYTES
 from replicator.files import Files
@@ -274,6 +285,27 @@ async def test_a_session_that_is_closing_its_images_is_waited_for_when_it_is_rep
         assert session._group.holding.group.disks[0].image._fd == -1
         assert json.loads(here.sidecar("again"))["epoch"] == EPOCH[::-1].hex()
         await acknowledged(busy, MIB)
+
+
+# ------------------------------------------------------------------ more of them than there is credit for
+
+
+async def test_a_session_without_credit_waits_until_another_ends_and_is_not_refused(tmp_path: Path) -> None:
+    async with target(tmp_path, credit_bytes=2 * LARGEST_FRAME_BYTES) as here:
+        server = here.site.process_server()
+        controls = [await here.greeted(server) for _ in range(4)]
+        for control, name in zip(controls[:2], "ab", strict=True):
+            await control.open({name: SIZE}, group=name)
+        for control, name in zip(controls[2:], "cd", strict=True):
+            control.ask({name: SIZE}, group=name)
+        await turns(200)
+        assert set(here.receiver._groups) == {"a", "b"}
+        controls[2].reset()  # who does not wait any longer is in nobody's way
+        controls[0].send(Bye())
+        controls[1].send(Bye())
+        opened = await controls[3].expect(Opened)
+        assert opened.credit >= LARGEST_FRAME_BYTES
+        await until(lambda: set(here.receiver._groups) == {"d"})
 
 
 async def test_tasks_of_a_session_end_with_it(tmp_path: Path) -> None:

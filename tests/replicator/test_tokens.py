@@ -255,7 +255,7 @@ def test_guesses_from_everywhere_are_limited_and_remembered_in_bounded_space(boo
             redeem(book, wrong, source=f"198.51.100.{number}")
         codes.append(caught.value.code)
     assert codes == ["join.secret_wrong"] * GUESSES_IN_ALL + ["join.too_many_guesses"] * 50
-    assert len(book._wrong) == GUESSES_IN_ALL
+    assert len(book._guesses._wrong) == GUESSES_IN_ALL
     with refused("join.too_many_guesses"):
         redeem(book, token)
     clock.advance(timedelta(seconds=GUESS_WINDOW_S + 1))
