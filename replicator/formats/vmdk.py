@@ -32,6 +32,7 @@ _VERSIONS: Final = frozenset({"1", "2", "3", "4"})  # all that VMware has writte
 
 _CONVERT: Final = "convert it: vmkfstools -i OLD NEW, or qemu-img convert -O vmdk -o subformat=monolithicFlat"
 _BLANKS: Final = " \t\r"
+_CID_DIGITS: Final = 8  # at most
 _ENTRY = re.compile(r"([A-Za-z][A-Za-z0-9_.]*)[ \t]*=[ \t]*(.*)", re.DOTALL)
 _EXTENT_START = re.compile(r"(RW|RDONLY|NOACCESS)[ \t]", re.IGNORECASE)
 _EXTENT = re.compile(
@@ -205,14 +206,16 @@ def parse(content: bytes, name: str) -> Descriptor:
         _refuse_sparse("a binary sparse header")
     if len(content) > DESCRIPTOR_MAX_BYTES:
         _malformed(f"it is longer than {DESCRIPTOR_MAX_BYTES} bytes")
-    text = content.rstrip(b"\0")  # qemu-img pads to a sector when it sets the content id
-    if b"\0" in text or (content and not text):
+    # qemu-img pads to a sector when it sets the content id. Where that has fewer digits than the one before,
+    # a few bytes of the old end are left behind the NUL that ends the new text.
+    text, _, behind = content.partition(b"\0")
+    if len(behind.strip(b"\0")) >= _CID_DIGITS or (content and not text):
         _malformed("it is not text")
     return _read(tuple(text.decode("utf-8", "surrogateescape").split("\n")), name)
 
 
 def render(descriptor: Descriptor) -> bytes:
-    """The descriptor's file, byte for byte as it was parsed, without zeros that padded it."""
+    """The descriptor's file, byte for byte as it was parsed, without what was behind its end."""
     return "\n".join(descriptor.lines).encode("utf-8", "surrogateescape")
 
 

@@ -19,7 +19,8 @@ KILLED = -9
 FAMILIES = ("image.", "session.", "sidecar.", "replace.", "coverage.")
 OF_THE_SENDER = ("epoch.", "send.")
 LOGGED = ("log.", "seal.", "apply.")  # test_kill_logged.py
-ELSEWHERE = ("authority.", "token.", "join.", "snapshot.", "back.")  # test_joins.py, tests/azure
+# test_joins.py, tests/azure, test_desired_state.py
+ELSEWHERE = ("authority.", "token.", "join.", "snapshot.", "back.", "desired.")
 # What a target replaces in the course of one start and one send.
 REPLACED = {
     1: "authority",

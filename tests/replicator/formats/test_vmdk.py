@@ -299,7 +299,7 @@ def test_whatever_the_content_it_is_read_or_refused(seed: int, count: Callable[[
             outcomes["refused"] += 1
         else:
             outcomes["read"] += 1
-            assert render(found) == content.rstrip(b"\0")  # zeros at the end are padding
+            assert render(found) == content.partition(b"\0")[0]  # what follows is padding, or left over
             assert "/" not in found.extent.name
             assert 0 < found.size_bytes <= DISK_MAX_BYTES
             assert with_cid(found, 5).cid == 5
@@ -316,3 +316,16 @@ def test_zeros_behind_the_text_are_padding() -> None:
     """As qemu-img leaves them: it sets the content id in whole sectors."""
     assert render(parse(FLAT.ljust(512, b"\0"), "disk.vmdk")) == FLAT
     assert render(parse(FLAT + b"\0", "disk.vmdk")) == FLAT
+
+
+@pytest.mark.parametrize("digits", range(1, 9))
+def test_what_qemu_img_leaves_behind_a_shorter_content_id_is_no_text(digits: int) -> None:
+    """It writes the new id over the old as a C string, and the end of the old text stays behind the NUL."""
+    old = FLAT.replace(b"CID=" + _cid_of(FLAT), b"CID=12345678", 1)
+    new = old.replace(b"CID=12345678", b"CID=" + b"123456789"[:digits], 1)
+    found = parse((new + b"\0" + old[len(new) + 1 :]).ljust(10_240, b"\0"), "disk.vmdk")
+    assert render(found) == new
+
+
+def _cid_of(content: bytes) -> bytes:
+    return content.partition(b"CID=")[2].partition(b"\n")[0]
