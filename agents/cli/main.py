@@ -10,7 +10,7 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
-from agents.cli import bench, demo, master_target, process_server, receive, recovery_points, send
+from agents.cli import bench, control, demo, master_target, process_server, receive, recovery_points, send
 from agents.cli.output import DONE, report, stopped_by
 from replicator.errors import ReplicatorError, UsageError
 
@@ -27,6 +27,7 @@ app.command("send")(send.send)
 app.command("recovery-points")(recovery_points.recovery_points)
 app.command("master-target")(master_target.master_target)
 app.command("process-server")(process_server.process_server)
+app.add_typer(control.app, name="control")
 app.command("bench")(bench.bench)
 
 

@@ -138,6 +138,17 @@ def test_zero_runs_agree_with_looking_at_every_byte(ones, span) -> None:
     assert found == naive_runs(bytes(content), start, end)
 
 
+def test_a_pool_that_lets_go_keeps_nothing_and_goes_on() -> None:
+    pool = BufferPool(1 << 20)
+    out = pool.take(4096)
+    pool.give(pool.take(4096))
+    pool.let_go()
+    pool.give(pool.take(4096))
+    assert pool.made == 3
+    pool.give(out)
+    assert pool.taken == 0
+
+
 @pytest.mark.parametrize("span", [(-1, 10), (0, 513), (11, 10)])
 def test_a_range_outside_the_buffer_is_refused(span) -> None:
     with pytest.raises(ValueError, match="outside"):
