@@ -90,7 +90,10 @@ class Proxy:
                 with self._changed:
                     self._sockets |= {client, server}
                 for start, end, to_server in ((client, server, True), (server, client, False)):
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    with suppress(
+                        OSError
+                    ):  # it was reset meanwhile: the next one shall be accepted all the same
+                        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     threading.Thread(target=self._pass_on, args=(start, end, to_server), daemon=True).start()
 
     def _pass_on(self, start: socket.socket, end: socket.socket, to_server: bool) -> None:

@@ -7,7 +7,7 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,12 +76,15 @@ def disk(folder: Path, kind: str) -> Iterator[Disk]:
         run("losetup", "--detach", device)
 
 
-def cut_off(folder: Path, kind: str, seed: int, *how: str) -> str:
-    """One story, cut off somewhere. What recovery was; raises ``Violation`` with what replays it."""
+def cut_off(folder: Path, kind: str, seed: int, *how: str, through: Sequence[str] = ()) -> str:
+    """One story, cut off somewhere. What recovery was; raises ``Violation`` with what replays it.
+
+    ``through``: the program that the story is run by.
+    """
     rng = random.Random(seed)
     oracle, left = Oracle(seed), rng.randrange(1, EVENTS)
     with disk(folder, kind) as made:
-        command = (sys.executable, "-m", "tests.faults.child", str(made.place), str(seed), *how)
+        command = (*through, sys.executable, "-m", "tests.faults.child", str(made.place), str(seed), *how)
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert child.stdout is not None
         try:
@@ -118,8 +121,13 @@ def test_what_a_file_system_does_when_it_is_cut_off_costs_nothing_promised(
         print(f"{kind}, seed {seed + number:#x}: {what}")
 
 
-@pytest.mark.peer("losetup", "mkfs.ext4")
-def test_a_build_that_syncs_nothing_is_caught(in_memory: Path, seed: int) -> None:
+@pytest.mark.peer("losetup", "mkfs.ext4", "eatmydata")
+@pytest.mark.parametrize(
+    ("how", "through"), [(("careless",), ()), ((), ("eatmydata",))], ids=["Files", "libeatmydata"]
+)
+def test_where_nothing_is_synced_it_is_caught(
+    in_memory: Path, seed: int, how: Sequence[str], through: Sequence[str]
+) -> None:
     with pytest.raises(Violation):
         for number in range(5):
-            cut_off(in_memory / f"{number}", "ext4", seed + number, "careless")
+            cut_off(in_memory / f"{number}", "ext4", seed + number, *how, through=through)
