@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.log import figures
@@ -47,6 +48,8 @@ def sheets(document: Document) -> Iterator[Sheet]:
     if document["log"] is not None:
         told = tuple(figures.row(figure) for figure in document["log"]["figures"])
         yield Sheet("the log", ("figure", "measured", "wanted", "met"), told)
+    if document["azure"] is not None:
+        yield _reads(document["azure"])
     stages = document["stages"]
     if stages is not None:
         yield _rates(stages)
@@ -124,6 +127,17 @@ def _row(each: Document, line: bool, width: int) -> tuple[str, ...]:
         ", ".join(f"{name} {peak / MB:.0f}" for name, peak in peaks if peak),
     ]
     return tuple(figures)
+
+
+def _reads(reads: Document) -> Sheet:
+    rows = tuple(
+        (name, f"{reads['data_bytes'] / median(seconds) / MB:,.0f}", ratio)
+        for name, seconds, ratio in (
+            ("Replicator's source", reads["ours_s"], f"{reads['ratio']:.2f}"),
+            ("the vendor's SDK, ranges side by side", reads["bare_s"], "1.00"),
+        )
+    )
+    return Sheet("page blob reads, emulator on loopback", ("reader", "MB/s", "x the SDK"), rows)
 
 
 def _rates(stages: Document) -> Sheet:

@@ -21,7 +21,7 @@ from bench import contenders, disk, machine, micro, ours, stages
 from bench.errors import BenchError
 from bench.log import part
 from bench.namespaces import Namespace
-from bench.options import Line, Options, Plan, plan
+from bench.options import AZURE_BYTES, Line, Options, Plan, plan
 from bench.processes import CutOff, RunFailed
 from bench.results import Run, ranked, standing
 from bench.runs import Place, Scenario, loopback, over_line, rounds
@@ -95,6 +95,7 @@ class Suite:
         logged = self._log() if "log" in parts else None
         if logged is not None:
             failed += logged.pop("failed")
+        reads = self._azure(remarks) if "azure" in parts else None
         return {
             "format": FORMAT,
             "machine": described,
@@ -103,6 +104,7 @@ class Suite:
             "scenarios": found,
             "failed": failed,
             "log": logged,
+            "azure": reads,
             "stages": None if allowed is None else {**allowed, "shares": _shares(allowed, found)},
             "micro": rates,
         }
@@ -238,6 +240,17 @@ class Suite:
             return self._image(self._plan.size_bytes)[0]
 
         return part.measure(image, self._plan.log, self._seed, self._folder, self._say)
+
+    def _azure(self, remarks: list[str]) -> dict[str, Any] | None:
+        """Reads of a page blob, if there is an emulator to read it from."""
+        from bench import azure  # the SDK costs half a second
+
+        if (problem := azure.missing()) is not None:
+            remarks.append(f"page blobs: {problem}")
+            return None
+        image, _ = self._image(min(AZURE_BYTES, self._plan.size_bytes))
+        self._say("reading a page blob")
+        return azure.measure(image, self._plan.rounds)
 
     def _stages(self) -> dict[str, Any]:
         """Rates of the stages with this disk's content, and what they allow."""
