@@ -39,7 +39,7 @@ RESENT_MAX_BYTES = 2 * WINDOW_BYTES  # a break: a frame counts whole, if only a 
 EPOCHS = 3
 FAULTS_MAX = 4  # an epoch
 FAULTS_S = 120.0  # then they are over
-CAUGHT_IN = 40  # lives
+CAUGHT_IN = 400  # lives
 CALM_S = 1.0
 ENDS_S = 200.0  # and so long after the longest of them everything is sealed and applied
 
