@@ -119,14 +119,18 @@ def plan(record: GroupRecord, found: Mapping[str, Sequence[Taken]]) -> Plan:
         epoch = record.under_way
     elif by_age and by_age[-1] != record.sealed and (record.sealed in whole or record.sealed == NO_ID):
         epoch = by_age[-1]
-    older = by_age[: by_age.index(epoch)] if epoch != NO_ID else by_age
+    current = whole.get(epoch, {})
+    # Of every disk: where an answer was lost and a snapshot deleted, an epoch may be of two different times.
+    older = [
+        one for one in by_age if all(whole[one][disk].moment_ns < current[disk].moment_ns for disk in current)
+    ]
     since = record.sealed if record.sealed in older else (older or [NO_ID])[-1]
     # Older than what was sealed, or not whole: the target cannot be there, or nothing comes of it.
     done = older[: older.index(record.sealed)] if record.sealed in older else []
     kept = {taken.id for one in set(by_age) - set(done) for taken in whole[one].values()}
     return Plan(
         epoch,
-        whole.get(epoch, {}),
+        current,
         since,
         whole.get(since, {}),
         {disk: [taken for taken in there if taken.id not in kept] for disk, there in found.items()},

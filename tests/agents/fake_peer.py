@@ -31,10 +31,14 @@ class Talk:
         self._sock = sock
 
     def hear(self) -> Event:
-        """The next thing that the peer says."""
+        """The next thing that the peer says; OSError: it left.
+
+        A sender greets on several streams at once, and leaves all of them once one was refused.
+        """
         while not (events := self.connection.events_received()):
             got = self._sock.recv(65536)
-            assert got, "the peer said nothing more"
+            if not got:
+                raise ConnectionResetError("the peer said nothing more")
             self.connection.receive_data(got, time.monotonic())
         assert len(events) == 1, events
         return events[0]

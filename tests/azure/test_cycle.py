@@ -83,6 +83,17 @@ def test_of_two_snapshots_for_one_epoch_the_one_that_was_sent_counts() -> None:
     assert (decided.epoch, decided.since, left(decided)) == (NO_ID, A, ["x2", "x2-again", "y2"])
 
 
+def test_an_epoch_whose_snapshots_are_of_different_times_is_compared_with_what_is_older_on_every_disk() -> (
+    None
+):
+    """Two answers were lost, and of each disk somebody deleted another of the two snapshots."""
+    found = there(B, A, B)
+    del found["x"][0], found["y"][2]
+    decided = plan(GroupRecord(), found)
+    assert (decided.epoch, decided.since) == (B, NO_ID)
+    assert ids(decided.current) == {"x": found["x"][1].id, "y": found["y"][0].id}
+
+
 @given(st.lists(st.sampled_from([A, B, C, D]), max_size=6), st.sampled_from([NO_ID, A, B]), st.integers())
 def test_what_is_compared_with_is_older_and_what_is_used_is_kept(
     epochs: Sequence[bytes], sealed: bytes, seed: int
