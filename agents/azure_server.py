@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from agents.link import Link
 from agents.send_config import SendConfig, SendReport
+from agents.text_file import read_text
 from protocol.constants import ID_BYTES
 from replicator.azure.access import Account, Credentials
 from replicator.azure.blob import BlobAddress
@@ -23,7 +24,7 @@ from replicator.azure.blob_disk import BlobDisk
 from replicator.azure.cycle import DiskInAzure, begin
 from replicator.clock import Clock
 from replicator.errors import UsageError
-from replicator.files import Files, read_fully
+from replicator.files import Files
 from replicator.framing import Progress
 from replicator.retrying import keep_trying
 from replicator.sender import Outcome
@@ -148,13 +149,7 @@ class _Server:
 
 def _read_credentials(path: Path, files: Files) -> Credentials:
     try:
-        fd = files.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            content = bytearray(CREDENTIALS_MAX_BYTES)
-            count = read_fully(files, fd, memoryview(content), 0)
-        finally:
-            files.close(fd)
-        return Credentials.parse(content[:count].decode(), str(path))
+        return Credentials.parse(read_text(files, path, CREDENTIALS_MAX_BYTES), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "azure.credentials",

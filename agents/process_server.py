@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import errno
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from agents.link import Link
 from agents.send_config import SendConfig, SendReport
+from agents.text_file import read_bytes
 from protocol.messages import OpenDisk
 from replicator.changes import CHANGES_MAX_BYTES, Changes, parse_changes
 from replicator.clock import Clock
 from replicator.errors import UsageError
-from replicator.files import Files, read_fully
+from replicator.files import Files
 from replicator.framing import Progress
 from replicator.images.catalogue import check_disk
 from replicator.retrying import keep_trying
@@ -99,25 +100,23 @@ async def _open_source(source: str, quiesced: bool, files: Files, workers: Worke
 def _changes(path: Path, sizes: Mapping[str, int], files: Files) -> Changes:
     """What a list of changed extents says of disks of these sizes. Blocks."""
     try:
-        fd = files.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            size = files.fstat(fd).st_size
-            content = bytearray(min(size, CHANGES_MAX_BYTES) + 1)
-            count = read_fully(files, fd, memoryview(content), 0)
-        finally:
-            files.close(fd)
+        content = read_bytes(files, path, CHANGES_MAX_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise _too_large(path) from None
         raise UsageError(
             "changes.unreadable",
             f"the list of changed extents {path} cannot be read: {error.strerror}",
             cause="a wrong path, no plain file, or this user may not read it",
             fix="give the file that the tracker has written",
         ) from None
-    if count > CHANGES_MAX_BYTES:
-        raise UsageError(
-            "changes.too_large",
-            f"the list of changed extents {path} has more than {CHANGES_MAX_BYTES} bytes",
-            cause="so much has changed in so many places that comparing is no slower",
-            fix="send without it, or have the tracker join neighbours",
-        )
-    return parse_changes(bytes(content[:count]), str(path), sizes)
+    return parse_changes(content, str(path), sizes)
+
+
+def _too_large(path: Path) -> UsageError:
+    return UsageError(
+        "changes.too_large",
+        f"the list of changed extents {path} has more than {CHANGES_MAX_BYTES} bytes",
+        cause="so much has changed in so many places that comparing is no slower",
+        fix="send without it, or have the tracker join neighbours",
+    )

@@ -132,14 +132,23 @@ def read_small_file(files: Files, dir_fd: int, name: str, limit_bytes: int = 1 <
     flags = os.O_RDONLY | os.O_NONBLOCK  # a FIFO put there must not hold a worker for ever
     fd = files.open_beneath(dir_fd, name, flags)
     try:
-        content, piece = bytearray(), memoryview(bytearray(_PIECE_BYTES))
-        while len(content) <= limit_bytes:
-            count = read_fully(files, fd, piece, len(content))
-            content += piece[:count]
-            if count < _PIECE_BYTES:
-                break
+        return read_whole_file(files, fd, name, limit_bytes)
     finally:
         files.close(fd)
+
+
+def read_whole_file(files: Files, fd: int, name: str, limit_bytes: int) -> bytes:
+    """All of an open file, whose size costs memory, not the limit; ``name`` is for the error.
+
+    Raises:
+        OSError: EFBIG when it has more bytes than the limit, and what the kernel says.
+    """
+    content, piece = bytearray(), memoryview(bytearray(_PIECE_BYTES))
+    while len(content) <= limit_bytes:
+        count = read_fully(files, fd, piece, len(content))
+        content += piece[:count]
+        if count < _PIECE_BYTES:
+            break
     if len(content) > limit_bytes:
         raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", name)
     return bytes(content)

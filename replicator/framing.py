@@ -5,18 +5,27 @@ Not here: where a frame goes once it is made, and what is acknowledged of it (``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from zstandard import ZstdCompressor
 
-from protocol.messages import Interval, Mode, Opened
+from protocol.messages import Interval, Mode
 from protocol.payload import new_compressor
 from replicator.adapt import Level
 from replicator.buffers import BufferPool
-from replicator.differ import Difference, Held, Window, compared, everything, listed
+from replicator.differ import (
+    Difference,
+    Held,
+    Window,
+    compared,
+    everything,
+    listed,
+    listed_windows,
+    windows,
+)
 from replicator.digest import BLOCK_BYTES
 from replicator.digest_map import DigestMap, DigestMapBuilder
 from replicator.extents import Coverage, Piece, Relation
@@ -83,6 +92,20 @@ class SendingParts:
     progress: Progress
     pool: BufferPool
 
+    def give(self, packed: Packed) -> None:
+        """Take back the memory of a frame that is done with."""
+        if packed.buffer is not None:
+            if isinstance(packed.frame.payload, memoryview):
+                packed.frame.payload.release()  # else the pool could not hand this memory out again
+            self.pool.give(packed.buffer)
+
+
+def windows_of(disk: SendingDisk, done: Coverage) -> AsyncIterator[Window]:
+    """The windows of what ``done`` does not cover of a disk; of what somebody listed alone, if they did."""
+    if disk.listed is None:
+        return windows(disk.source, done)
+    return listed_windows(disk.source, done, disk.listed)
+
 
 class Asks(Protocol):
     """Where the target's digests are had: over a session (``asking.py``), or of images in this process."""
@@ -97,7 +120,7 @@ class Framer:
 
     Args:
         parts: the sender's.
-        opened: what the target has answered.
+        mode: what the epoch has to say. epoch: its number, in frames.
         questions: for the target's digests.
         may_ask: whether the session's state still allows a question.
         seed: of hashes and digests.
@@ -107,14 +130,16 @@ class Framer:
     def __init__(
         self,
         parts: SendingParts,
-        opened: Opened,
+        mode: Mode,
+        epoch: int,
         questions: Asks,
         may_ask: Callable[[], bool],
         seed: int,
         progress: Progress,
     ) -> None:
         self._parts = parts
-        self._opened = opened
+        self._mode = mode
+        self._epoch = epoch
         self._questions = questions
         self._may_ask = may_ask
         self._seed = seed
@@ -139,7 +164,7 @@ class Framer:
         Raises:
             SourceError: it cannot be read.
         """
-        parts, level, epoch = self._parts, self._parts.level.level, self._opened.epoch_number
+        parts, level = self._parts, self._parts.level.level
         buffer = parts.pool.take(piece.raw_bytes)
         data = [extent for extent in piece.extents if not extent.zero]
         if level and level not in self._compressors:
@@ -147,7 +172,7 @@ class Framer:
         compressor = self._compressors.get(level)
 
         def make() -> Packed:
-            made = pack(disk.number, epoch, piece, buffer, compressor, self._seed, fine)
+            made = pack(disk.number, self._epoch, piece, buffer, compressor, self._seed, fine)
             if disk.building is not None:
                 disk.building.take(made.digests)
             return made
@@ -166,7 +191,7 @@ class Framer:
         return packed
 
     async def _difference(self, disk: SendingDisk, window: Window) -> Difference:
-        if self._opened.mode is Mode.FULL:
+        if self._mode is Mode.FULL:
             return everything(window)
         known, workers = disk.known, self._parts.workers
 
@@ -176,7 +201,7 @@ class Framer:
         async def theirs(cover: Interval) -> bytes:
             # What an earlier session sent may be there, acknowledged or not: the map knows nothing of it.
             untouched = disk.sent.relation(*cover) is Relation.NEW
-            if known is not None and untouched and self._opened.mode is Mode.INCREMENTAL:
+            if known is not None and untouched and self._mode is Mode.INCREMENTAL:
                 with suppress(OSError):  # then the target is asked
                     return await workers.run(known.digests, *cover)
             return await ask([cover], BLOCK_BYTES)

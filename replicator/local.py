@@ -12,21 +12,22 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from protocol.messages import Interval, Mode, Opened
+from protocol.messages import Interval, Mode
 from protocol.payload import DataFrame, parse_table
 from replicator.adapt import FixedLevel
 from replicator.asking import rows_in_order
 from replicator.buffers import BufferPool
-from replicator.differ import Window, listed_windows, windows
+from replicator.differ import Window
 from replicator.errors import cause_of
 from replicator.extents import Coverage
-from replicator.framing import Framer, Progress, SendingDisk, SendingParts
+from replicator.framing import Framer, Progress, SendingDisk, SendingParts, windows_of
 from replicator.images.base import Image
+from replicator.images.reading import DIGESTS_A_PART
 from replicator.sending import PACKERS_A_THREAD
 from replicator.workers import Workers
 
-DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk
 KEEP_BYTES = 32 * 1024 * 1024
+EPOCH_NUMBER = 1  # in frames that nobody but we see
 
 Note = Callable[[Sequence[tuple[int, int, int]]], None]
 """Makes durable that the images hold (disk number, start, end) of each. Blocks."""
@@ -69,7 +70,7 @@ class LocalEpoch:
         self._stored: list[tuple[LocalDisk, Interval]] = []
         self._noting = asyncio.Lock()
         self._parts = SendingParts(workers, FixedLevel(0), progress, BufferPool(KEEP_BYTES))
-        self._opened = Opened(bytes(16), 1, 0, (), mode)
+        self._mode = mode
         self._asks = _OfImages(workers, {disk.sending.number: disk.image for disk in disks})
         self._windows = _all_windows(disks)
         self._cutting = asyncio.Lock()
@@ -93,7 +94,9 @@ class LocalEpoch:
 
     async def _say(self) -> None:
         """Take one window after the other; several of these run side by side."""
-        framer = Framer(self._parts, self._opened, self._asks, _always, self._seed, self._progress)
+        framer = Framer(
+            self._parts, self._mode, EPOCH_NUMBER, self._asks, _always, self._seed, self._progress
+        )
         while True:
             async with self._cutting:
                 job = await anext(self._windows, None)
@@ -108,10 +111,7 @@ class LocalEpoch:
             try:
                 await self._workers.run(_store, disk.image, packed.frame)
             finally:
-                if packed.buffer is not None:
-                    if isinstance(packed.frame.payload, memoryview):
-                        packed.frame.payload.release()
-                    self._parts.pool.give(packed.buffer)
+                self._parts.give(packed)
             self._stored.append((disk, piece.cover))
             async with self._noting:  # one commit at a time, for all that was stored before it began
                 await self._commit()
@@ -148,8 +148,7 @@ class _OfImages:
         while rest:
             found = await self._workers.run(image.digests, rest, block, seed, DIGESTS_A_PART)
             rows.extend(rows_in_order(*found, image.size_bytes, block, seed))
-            reached = found.intervals[-1].end
-            rest = tuple(Interval(max(start, reached), end) for start, end in rest if end > reached)
+            rest = found.left_of(rest)
         return b"".join(rows)
 
 
@@ -163,11 +162,7 @@ async def _all_windows(disks: Sequence[LocalDisk]) -> AsyncGenerator[tuple[Local
     for disk in disks:
         sending = disk.sending
         held = Coverage(sending.durable.intervals())
-        if sending.listed is None:
-            found = windows(sending.source, held)
-        else:
-            found = listed_windows(sending.source, held, sending.listed)
-        async for window in found:
+        async for window in windows_of(sending, held):
             yield disk, window
 
 

@@ -14,7 +14,7 @@ frames are made (``framing.py``), connecting again (``retrying.py``), and which 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 
 from protocol.credit import SendWindow
 from protocol.messages import (
@@ -33,12 +33,12 @@ from protocol.messages import (
 from protocol.state import State
 from replicator.adapt import Limit
 from replicator.asking import Questions
-from replicator.differ import Window, listed_windows, windows
+from replicator.differ import Window
 from replicator.digest import BLOCK_BYTES
 from replicator.errors import LinkError, PeerError, cause_of
 from replicator.extents import Coverage, Relation
 from replicator.failpoints import reach
-from replicator.framing import Framer, SendingDisk, SendingParts
+from replicator.framing import Framer, SendingDisk, SendingParts, windows_of
 from replicator.framing import Progress as Progress
 from replicator.packing import Packed
 from replicator.transport.stream import Stream
@@ -123,7 +123,7 @@ class SendingEpoch:
             raise (cause_of(error) if isinstance(error, BaseExceptionGroup) else error) from None
         finally:
             while not self._queue.empty():
-                self._give(self._queue.get_nowait()[1])
+                self._parts.give(self._queue.get_nowait()[1])
             await self._windows.aclose()
             await asyncio.gather(*(stream.close() for stream in self._streams))
 
@@ -146,11 +146,20 @@ class SendingEpoch:
             disk, stretch = await self._wanted.get()
             others = Coverage([(0, disk.source.size_bytes)])
             others.remove(*stretch)
-            async for window in _windows(disk, others):
+            async for window in windows_of(disk, others):
                 await self._pack_window(framer, disk, window)
 
     def _framer(self, progress: Progress) -> Framer:
-        return Framer(self._parts, self._opened, self._questions, self._may_ask, self._seed, progress)
+        opened = self._opened
+        return Framer(
+            self._parts,
+            opened.mode,
+            opened.epoch_number,
+            self._questions,
+            self._may_ask,
+            self._seed,
+            progress,
+        )
 
     def _may_ask(self) -> bool:
         return self._control.state is State.OPEN
@@ -166,7 +175,7 @@ class SendingEpoch:
                     raise SourceMoved
                 await self._queue.put((disk, packed))
             except BaseException:  # cancelled too
-                self._give(packed)
+                self._parts.give(packed)
                 raise
 
     def _limit(self) -> Limit:
@@ -180,12 +189,6 @@ class SendingEpoch:
         # All credit is used: by what the line has not taken, or by what the target has not written.
         on_their_way = sum(stream.unacknowledged_bytes for stream in self._streams)
         return Limit.LINE if 2 * on_their_way > self._opened.credit else Limit.TARGET
-
-    def _give(self, packed: Packed) -> None:
-        if packed.buffer is not None:
-            if isinstance(packed.frame.payload, memoryview):
-                packed.frame.payload.release()  # else the pool could not hand this memory out again
-            self._parts.pool.give(packed.buffer)
 
     async def _transmit(self, stream: Stream) -> None:
         """Send packed frames over one data stream, as credit and the stream allow."""
@@ -207,7 +210,7 @@ class SendingEpoch:
                     disk.claimed.add(header.cover_start, header.cover_end)
                     stream.send_data(packed.frame)
                 finally:  # TLS has copied it, or nobody will
-                    self._give(packed)
+                    self._parts.give(packed)
                 self._parts.progress.sent += size
                 self._parts.progress.resent += size if again else 0
                 await stream.drain()
@@ -349,14 +352,8 @@ async def _all_windows(
 ) -> AsyncGenerator[tuple[SendingDisk, Window], None]:
     """What is to be looked at, disk after disk, made as it is consumed."""
     for disk, held in disks:
-        async for window in _windows(disk, held):
+        async for window in windows_of(disk, held):
             yield disk, window
-
-
-def _windows(disk: SendingDisk, done: Coverage) -> AsyncIterator[Window]:
-    if disk.listed is None:
-        return windows(disk.source, done)
-    return listed_windows(disk.source, done, disk.listed)
 
 
 def defective(what: str) -> PeerError:

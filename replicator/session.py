@@ -27,7 +27,6 @@ from protocol.messages import (
     Digests,
     DigestsWanted,
     DiskCoverage,
-    Interval,
     Open,
     Opened,
     Seal,
@@ -44,6 +43,7 @@ from replicator.extents import Coverage, Relation
 from replicator.failpoints import reach
 from replicator.groups import GroupInHand
 from replicator.images.directory import OpenedDisk
+from replicator.images.reading import DIGESTS_A_PART
 from replicator.receiving import ReceivingDisk, ReceivingParts, Verified
 from replicator.transport.stream import Stream
 
@@ -54,7 +54,6 @@ COMMIT_BYTES = 8 * MIB  # a sync costs the disk a flush: not for every frame whi
 WANTED_MAX = 64  # a session in which more fails to verify has another trouble than one bad frame
 REQUESTS_MAX = 64  # a sender asks for windows of a disk, a few ahead
 _LISTENING = (State.OPEN, State.SEALING)  # where ACK and DIGESTS are allowed
-DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk: small enough to come while the next are read
 
 
 class Session:
@@ -349,8 +348,7 @@ class Session:
                     return
                 self._control.send(Digests(wanted.request, *found))
                 await self._control.drain()
-                reached = found.intervals[-1].end
-                rest = tuple(Interval(max(start, reached), end) for start, end in rest if end > reached)
+                rest = found.left_of(rest)
 
     async def _seal(self, seal: Seal) -> None:
         for number, disk in self._disks.items():

@@ -27,6 +27,7 @@ State = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 AUTHORITY = "authority.json"
+PASSWORD_MAX_BYTES = 4096
 
 
 @app.command("backup")
@@ -140,12 +141,14 @@ def _run(work: Any) -> Any:
 
 
 def _password(path: Path | None) -> str | None:
+    from agents.text_file import read_text
     from replicator.errors import UsageError
+    from replicator.files import Files
 
     if path is None:
         return None
     try:
-        return path.read_text().strip()
+        return read_text(Files(), path, PASSWORD_MAX_BYTES).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "store.password_file",

@@ -6,8 +6,10 @@ is done in between.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Final
 
+from azure.core.polling import AsyncLROPoller
 from azure.mgmt.compute.aio import ComputeManagementClient
 
 from replicator.azure.arm import REPEATABLE, ResourceRef, asking
@@ -35,12 +37,7 @@ async def stop(client: ComputeManagementClient, vm: ResourceRef) -> None:
     Raises:
         SourceError: ``compute.not_stopped``. Others as ``arm.asking``.
     """
-    if await power_state(client, vm) == DOWN:
-        return
-    with asking(f"stopping VM {vm.name}"):
-        poller = await client.virtual_machines.begin_deallocate(vm.group, vm.name, **REPEATABLE)
-        await poller.result()
-    state = await power_state(client, vm)
+    state = await _brought(client, vm, DOWN, "stopping", client.virtual_machines.begin_deallocate)
     if state != DOWN:
         raise SourceError(
             "compute.not_stopped",
@@ -56,12 +53,7 @@ async def start(client: ComputeManagementClient, vm: ResourceRef) -> None:
     Raises:
         SourceError: ``compute.not_started``. Others as ``arm.asking``.
     """
-    if await power_state(client, vm) == UP:
-        return
-    with asking(f"starting VM {vm.name}"):
-        poller = await client.virtual_machines.begin_start(vm.group, vm.name, **REPEATABLE)
-        await poller.result()
-    state = await power_state(client, vm)
+    state = await _brought(client, vm, UP, "starting", client.virtual_machines.begin_start)
     if state != UP:
         raise SourceError(
             "compute.not_started",
@@ -69,3 +61,20 @@ async def start(client: ComputeManagementClient, vm: ResourceRef) -> None:
             cause="its size is not to be had just now, or somebody has stopped it again",
             fix="look at the machine's activity log in the portal",
         )
+
+
+async def _brought(
+    client: ComputeManagementClient,
+    vm: ResourceRef,
+    wanted: str,
+    doing: str,
+    begin: Callable[..., Awaitable[AsyncLROPoller[None]]],
+) -> str:
+    """What a VM does once it was brought to do ``wanted``, if it did not yet."""
+    state = await power_state(client, vm)
+    if state == wanted:
+        return state
+    with asking(f"{doing} VM {vm.name}"):
+        poller = await begin(vm.group, vm.name, **REPEATABLE)
+        await poller.result()
+    return await power_state(client, vm)

@@ -6,7 +6,8 @@ check nothing that the table says. Not here: how a request becomes a call (``rea
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeAlias
 
 from pydantic import TypeAdapter
 
@@ -28,65 +29,22 @@ from replicator.control.repositories import (
 )
 from replicator.control.repositories.events import Happening
 from replicator.control.repositories.named import CONNECTIONS, POLICIES
-from replicator.control.route import Call, Reply, Route
+from replicator.control.route import Call, Handle, Reply, Route
+
+Page: TypeAlias = Callable[..., Awaitable[tuple[Sequence[Any], str | int | None]]]
 
 # ------------------------------------------------------------------ lists
 
 
-async def _list_servers(call: Call) -> Reply:
-    found, following = await servers.page(
-        call.connection, call.wanted.window, call.wanted.filters.get("kind")
-    )
-    return Reply(items=found, following=following)
+def _list(page: Page, by: str = "") -> Handle:
+    """A handler that answers with a part of a list; ``by``: the query parameter that narrows it."""
 
+    async def handle(call: Call) -> Reply:
+        narrowed = (call.wanted.filters.get(by),) if by else ()
+        found, following = await page(call.connection, call.wanted.window, *narrowed)
+        return Reply(items=found, following=following)
 
-async def _list_tokens(call: Call) -> Reply:
-    found, following = await join_tokens.page(call.connection, call.wanted.window)
-    return Reply(items=found, following=following)
-
-
-async def _list_operators(call: Call) -> Reply:
-    found, following = await operators.page(call.connection, call.wanted.window)
-    return Reply(items=found, following=following)
-
-
-async def _list_policies(call: Call) -> Reply:
-    found, following = await POLICIES.some(call.connection, call.wanted.window)
-    return Reply(items=found, following=following)
-
-
-async def _list_connections(call: Call) -> Reply:
-    found, following = await CONNECTIONS.some(call.connection, call.wanted.window)
-    return Reply(items=found, following=following)
-
-
-async def _list_groups(call: Call) -> Reply:
-    found, following = await groups.page(call.connection, call.wanted.window)
-    return Reply(items=found, following=following)
-
-
-async def _list_machines(call: Call) -> Reply:
-    found, following = await machines.page(
-        call.connection, call.wanted.window, call.wanted.filters.get("group")
-    )
-    return Reply(items=found, following=following)
-
-
-async def _list_points(call: Call) -> Reply:
-    found, following = await points.page(
-        call.connection, call.wanted.window, call.wanted.filters.get("group")
-    )
-    return Reply(items=found, following=following)
-
-
-async def _list_events(call: Call) -> Reply:
-    found, following = await events.page(call.connection, call.wanted.window)
-    return Reply(items=found, following=following)
-
-
-async def _list_audit(call: Call) -> Reply:
-    found, following = await audit.page(call.connection, call.wanted.window)
-    return Reply(items=found, following=following)
+    return handle
 
 
 # ------------------------------------------------------------------ who is trusted
@@ -172,27 +130,29 @@ async def _verify_audit(call: Call) -> Reply:
 
 _AGGREGATES: Final = (
     Aggregate(
-        "policy", "policies", models.PolicyWanted, models.Policy, models.PolicyId, _list_policies,
+        "policy", "policies", models.PolicyWanted, models.Policy, models.PolicyId, _list(POLICIES.some),
         POLICIES.get, POLICIES.create, POLICIES.replace, POLICIES.delete,
     ),
     Aggregate(
         "connection", "connections", models.ConnectionWanted, models.Connection, models.ConnectionId,
-        _list_connections, CONNECTIONS.get, CONNECTIONS.create, CONNECTIONS.replace, CONNECTIONS.delete,
+        _list(CONNECTIONS.some), CONNECTIONS.get, CONNECTIONS.create, CONNECTIONS.replace, CONNECTIONS.delete,
     ),
     Aggregate(
-        "group", "groups", models.GroupWanted, models.Group, models.GroupId, _list_groups,
+        "group", "groups", models.GroupWanted, models.Group, models.GroupId, _list(groups.page),
         groups.get, groups.create, groups.replace, groups.delete_group,
     ),
     Aggregate(
-        "machine", "machines", models.MachineWanted, models.Machine, models.MachineId, _list_machines,
-        machines.get, machines.create, machines.replace, machines.delete_machine,
+        "machine", "machines", models.MachineWanted, models.Machine, models.MachineId,
+        _list(machines.page, "group"), machines.get, machines.create, machines.replace,
+        machines.delete_machine,
         filters={"group": TypeAdapter(models.GroupId)},
     ),
 )  # fmt: skip
 
 _TRUST: Final = (
-    Route("GET", f"{API}/servers", Access.VIEWER, "List every server", _list_servers, answer=models.Server,
-          paged=str, filters={"kind": TypeAdapter(ServerKind)}),
+    Route("GET", f"{API}/servers", Access.VIEWER, "List every server",
+          _list(servers.page, "kind"), answer=models.Server, paged=str,
+          filters={"kind": TypeAdapter(ServerKind)}),
     Route("GET", f"{API}/servers/{{id}}", Access.VIEWER, "Show a server", _show_server, answer=models.Server,
           id_type=models.ServerId),
     Route("PUT", f"{API}/servers/{{id}}", Access.OPERATOR, "Name a server, and say where it is reached",
@@ -200,13 +160,13 @@ _TRUST: Final = (
           conditional=True),
     Route("POST", f"{API}/servers/{{id}}/revoke", Access.ADMIN, "Take its identity from a server, for good",
           _revoke_server, answer=models.Server, id_type=models.ServerId, conditional=True),
-    Route("GET", f"{API}/tokens", Access.OPERATOR, "List the join tokens", _list_tokens,
+    Route("GET", f"{API}/tokens", Access.OPERATOR, "List the join tokens", _list(join_tokens.page),
           answer=models.JoinToken, paged=str),
     Route("POST", f"{API}/tokens", Access.ADMIN, "Make a join token for one server", _make_token,
           body=models.TokenWanted, answer=MadeToken, status=201),
     Route("DELETE", f"{API}/tokens/{{id}}", Access.ADMIN, "Withdraw a join token", _withdraw_token,
           status=204, id_type=models.TokenId),
-    Route("GET", f"{API}/operators", Access.ADMIN, "List every operator", _list_operators,
+    Route("GET", f"{API}/operators", Access.ADMIN, "List every operator", _list(operators.page),
           answer=models.Operator, paged=str),
     Route("POST", f"{API}/operators", Access.ADMIN, "Make an operator", _make_operator,
           body=models.OperatorWanted, answer=MadeOperator, status=201),
@@ -218,12 +178,13 @@ _TRUST: Final = (
 
 _WATCH: Final = (
     Route("GET", f"{API}/recovery-points", Access.VIEWER, "List the recovery points that were announced",
-          _list_points, answer=models.RecoveryPoint, paged=str, filters={"group": TypeAdapter(models.Line)}),
-    Route("GET", f"{API}/events", Access.VIEWER, "List what happened, oldest first", _list_events,
+          _list(points.page, "group"), answer=models.RecoveryPoint, paged=str,
+          filters={"group": TypeAdapter(models.Line)}),
+    Route("GET", f"{API}/events", Access.VIEWER, "List what happened, oldest first", _list(events.page),
           answer=models.Event, paged=int),
     Route("GET", f"{API}/events/stream", Access.VIEWER, "Follow what happens, as server-sent events",
           raw=raw.stream, media_type="text/event-stream"),
-    Route("GET", f"{API}/audit", Access.ADMIN, "List the audit log, oldest first", _list_audit,
+    Route("GET", f"{API}/audit", Access.ADMIN, "List the audit log, oldest first", _list(audit.page),
           answer=models.AuditEntry, paged=int),
     Route("GET", f"{API}/audit/verdict", Access.ADMIN, "Check the chain of the audit log", _verify_audit,
           answer=models.AuditVerdict),

@@ -19,12 +19,11 @@ from protocol.constants import KIB, MIB
 from protocol.messages import Interval
 from protocol.payload import Extent
 from replicator.azure.blob import PUT_MAX_BYTES, PageBlob, Section
-from replicator.digest import DIGEST_BYTES, digests_of
 from replicator.errors import TargetError, cause_of
 from replicator.extents import Coverage
 from replicator.formats.vhd import ALIGNMENT_BYTES, FOOTER_BYTES, make_footer, parse_footer
 from replicator.images.opening import refuse_size
-from replicator.images.reading import HOLES_MAX, Digested
+from replicator.images.reading import Digested, Found, digest_found
 
 T = TypeVar("T")
 
@@ -120,29 +119,14 @@ class PageBlobImage:
     def digests(self, intervals: Sequence[Interval], block: int, seed: int, most: int) -> Digested:
         """See ``Image.digests``. Raises as ``write``."""
         written = self._wait(self._written_in(intervals))
-        view = memoryview(bytearray(min(READ_BYTES, most * block)))
-        answered: list[Interval] = []
-        holes: list[Interval] = []
-        rows: list[bytes] = []
-        left = most
-        for start, end in intervals:
-            position = start
-            while position < end and left and len(holes) < HOLES_MAX:
-                hole_end = _hole_end(written, position, end, block)
-                if hole_end > position:
-                    holes.append(Interval(position, hole_end))
-                    position = hole_end
-                    continue
-                count = min(len(view), left * block, _data_end(written, position, end, block) - position)
-                self.read_into([Extent(position, count)], view[:count])
-                rows.append(digests_of(view[:count], seed, block))
-                left -= len(rows[-1]) // DIGEST_BYTES
-                position += count
-            if position > start:
-                answered.append(Interval(start, position))
-            if position < end:
-                break
-        return Digested(tuple(answered), tuple(holes), b"".join(rows))
+
+        def find(position: int, end: int) -> Found:
+            return Found(_hole_end(written, position, end, block), _data_end(written, position, end, block))
+
+        def read(position: int, view: memoryview) -> None:
+            self.read_into([Extent(position, len(view))], view)
+
+        return digest_found(find, read, intervals, block, seed, most, READ_BYTES)
 
     def sync(self) -> None:
         """See ``Image.sync``: what ``write`` returned from, Azure has confirmed."""

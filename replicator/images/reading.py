@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from protocol.constants import KIB, MIB
@@ -18,6 +18,7 @@ from replicator.digest import DIGEST_BYTES, digests_of
 from replicator.files import Files, read_fully
 
 READ_BYTES = MIB
+DIGESTS_A_PART = 4096  # 64 KiB of digests, 256 MiB of disk: small enough to come while the next are read
 HOLES_MAX = 4096  # of one answer
 GAP_BYTES = 16 * KIB  # copied out of the cache and thrown away sooner than another call is made
 _CLUSTER_BYTES = MIB
@@ -34,6 +35,13 @@ class Part(NamedTuple):
     view: memoryview
 
 
+class Found(NamedTuple):
+    """How far the blocks from a position on are a hole, if they are; else how far to read at the most."""
+
+    hole_end: int
+    data_end: int
+
+
 class Digested(NamedTuple):
     """Digests of the blocks of ``intervals`` that are not in ``holes``, in order."""
 
@@ -41,15 +49,45 @@ class Digested(NamedTuple):
     holes: tuple[Interval, ...]
     digests: bytes
 
+    def left_of(self, asked: Sequence[Interval]) -> tuple[Interval, ...]:
+        """What of the intervals that were asked for is still to be asked."""
+        reached = self.intervals[-1].end
+        return tuple(Interval(max(start, reached), end) for start, end in asked if end > reached)
+
 
 def digest_blocks(
     files: Files, fd: int, intervals: Sequence[Interval], block: int, seed: int, most: int
 ) -> Digested:
+    """As ``digest_found``, of a file: holes are asked of the file system. ``OSError`` if it fails."""
+
+    def find(position: int, end: int) -> Found:
+        data = min(_next_data(files, fd, position), end)
+        return Found(end if data == end else data - data % block, end)
+
+    def read(position: int, view: memoryview) -> None:
+        read_whole(files, fd, view, position)
+
+    return digest_found(find, read, intervals, block, seed, most, READ_BYTES)
+
+
+def digest_found(
+    find: Callable[[int, int], Found],
+    read: Callable[[int, memoryview], None],
+    intervals: Sequence[Interval],
+    block: int,
+    seed: int,
+    most: int,
+    read_bytes: int,
+) -> Digested:
     """Digests of the blocks of intervals, from the first one's start on, at most ``most`` of them.
 
-    An interval begins at a multiple of ``block``, and ends at one or with the disk. ``OSError`` if it fails.
+    Args:
+        find: (position, end) -> what lies there, see ``Found``.
+        read: fills memory from a position.
+        intervals: each begins at a multiple of ``block``, and ends at one or with the disk.
+        read_bytes: in one go.
     """
-    view = memoryview(bytearray(min(READ_BYTES, most * block)))
+    view = memoryview(bytearray(min(read_bytes, most * block)))
     answered: list[Interval] = []
     holes: list[Interval] = []
     rows: list[bytes] = []
@@ -57,14 +95,13 @@ def digest_blocks(
     for start, end in intervals:
         position = start
         while position < end and left and len(holes) < HOLES_MAX:
-            data = min(_next_data(files, fd, position), end)
-            hole_end = end if data == end else data - data % block
+            hole_end, data_end = find(position, end)
             if hole_end > position:
                 holes.append(Interval(position, hole_end))
                 position = hole_end
                 continue
-            count = min(len(view), left * block, end - position)
-            read_whole(files, fd, view[:count], position)
+            count = min(len(view), left * block, data_end - position)
+            read(position, view[:count])
             rows.append(digests_of(view[:count], seed, block))
             left -= len(rows[-1]) // DIGEST_BYTES
             position += count
